@@ -1,0 +1,51 @@
+# make quickstart   a virtualenv, the install, and a small model of Python code from nothing
+# make test         the tests that take minutes   (make test-all: the slow ones too)
+# make check        lint, format, types
+# make compat       the tests that need a second environment, with transformers 4.57
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+COMPAT := .venv-compat
+# An index that has CPU builds of torch; without one, Linux users get the CUDA build (see README.md).
+TORCH_INDEX ?=
+TORCH := torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+
+.PHONY: quickstart test test-all check compat clean
+
+quickstart: $(VENV)/.installed
+	$(BIN)/hfscratch run pycode-tiny
+
+test: $(VENV)/.installed-test
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow and not compat"
+
+test-all: $(VENV)/.installed-test $(COMPAT)/.installed
+	HF_HUB_OFFLINE=1 HFSCRATCH_COMPAT_PYTHON=$(COMPAT)/bin/python $(BIN)/python -m pytest
+
+compat: $(VENV)/.installed-test $(COMPAT)/.installed
+	HF_HUB_OFFLINE=1 HFSCRATCH_COMPAT_PYTHON=$(COMPAT)/bin/python $(BIN)/python -m pytest -m compat tests/compat
+
+check: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hfscratch needs Python 3.11 or newer, and this is " + sys.version.split()[0] + "; try: make quickstart PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,deepspeed]'
+	touch $@
+
+$(COMPAT)/.installed: constraints-optimum.txt
+	$(PYTHON) -m venv $(COMPAT)
+	$(COMPAT)/bin/python -m pip install --quiet --constraint constraints-optimum.txt $(TORCH)
+	$(COMPAT)/bin/python -m pip install --quiet --constraint constraints-optimum.txt transformers
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(COMPAT) build dist .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,310 @@
+"""The command line: verbs, what they print, and the only place where errors become sentences and exit codes.
+
+It imports nothing heavy until a verb runs, so that `hfscratch --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import errno
+import json
+import logging
+import os
+import signal
+import sys
+import textwrap
+import time
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hfscratch import __version__
+from hfscratch.errors import HfscratchError, MachineError, Terminated
+
+DESCRIPTION = "From raw text to a language model of your own that every Hugging Face tool can load."
+EPILOG = """\
+A recipe is one YAML file, or the name of one that comes with hfscratch (pycode-tiny). Its sections are the stages.
+Any value can be set behind it:  hfscratch run pycode-tiny pretrain.max_tokens=200000 out=runs/short
+
+  hfscratch run pycode-tiny          the whole line, on the Python sources of this machine
+  hfscratch init my_docs/            a recipe for your own text, sized to it and to this machine
+  hfscratch data --help              what a stage does, and every key of its section
+
+exit codes: 0 done · 2 bad usage, recipe, path or model · 3 bad data · 4 a proof failed · 5 the machine cannot
+(dependency, network, space, permission) · 1 a bug of ours · 130 Ctrl-C · 143 SIGTERM
+"""
+STAGE_HELP = {
+    "data": "read, normalise, deduplicate and split raw text",
+    "tokenizer": "train a tokenizer and turn the text into token ids",
+    "pretrain": "train a model from random weights",
+    "evaluate": "score the model on text it never saw",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        arguments = _parser(argv).parse_args(argv)
+        _prepare()
+        return arguments.command(arguments)
+    except HfscratchError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command goes on from the last finished stage or checkpoint", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        known = _machine_error(error)
+        if known is None:
+            raise
+        return _fail(str(known), known.exit_code)
+
+
+def _fail(message: str, exit_code: int) -> int:
+    sys.stdout.flush()
+    print(f"hfscratch: {message}", file=sys.stderr)
+    return exit_code
+
+
+def _terminate(signum: int, frame: Any) -> None:
+    raise Terminated("stopped by SIGTERM; the same command goes on from the last finished stage or checkpoint")
+
+
+def _machine_error(error: Exception) -> MachineError | None:
+    """What the machine could not do, where a library says so in its own words; None for anything else."""
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("hfscratch"):
+        package = error.name.split(".")[0]
+        return MachineError(f"the package '{package}' is not installed; run: pip install 'hfscratch' (see README.md)")
+    if isinstance(error, MemoryError):
+        return MachineError("out of memory; set a smaller model.depth, pretrain.batch_tokens or data.workers")
+    text = " ".join(str(error).split())
+    code = error.errno if isinstance(error, OSError) else None
+    if code in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text or "os error 28" in text:
+        return MachineError("the disk is full; what was being written has been dropped, what was finished stands")
+    if "PytorchStreamWriter failed" in text or "inline_container" in text and "write" in text:
+        return MachineError("a file could not be written, most likely because the disk is full")
+    if code in (errno.EACCES, errno.EPERM, errno.EROFS):
+        name = error.filename if isinstance(error, OSError) else None
+        return MachineError(f"no permission to use {name or 'a file'} ({os.strerror(code)})")
+    if "out of memory" in text.lower() and type(error).__name__ == "OutOfMemoryError":
+        return MachineError("the GPU is out of memory; set a smaller model.depth or pretrain.sequence_length")
+    return None
+
+
+def _prepare() -> None:
+    """Quiet libraries, our own log on stderr (rank 0 only), before any of them is imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    log = logging.getLogger("hfscratch")
+    log.setLevel(logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.ERROR)
+    if not log.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The parser
+
+
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hfscratch", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"hfscratch {__version__}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    asked = argv[0] if {"-h", "--help"} & set(argv) else None
+
+    init = verbs.add_parser("init", help="write a recipe for your own text, sized to it and to this machine")
+    init.add_argument("path", help="a folder or file of text: .txt .md .py .jsonl(.gz) .parquet")
+    init.add_argument("--output", "-o", type=Path, help="where to write the recipe (default: NAME.yaml here)")
+    init.add_argument("--minutes", type=float, default=10.0, help="how long `run` may take on this machine (default: 10)")
+    init.add_argument("--text-column", help="the column that holds the text, for .jsonl and .parquet")
+    init.add_argument("--force", action="store_true", help="replace a recipe that stands there")
+    init.set_defaults(command=_init)
+
+    run = verbs.add_parser("run", help="all stages of a recipe, skipping those that are fresh")
+    _add_recipe(run)
+    run.add_argument("--from", dest="start", metavar="STAGE", help="run this stage and those after it again")
+    run.set_defaults(command=_run, stage=None)
+
+    for stage, text in STAGE_HELP.items():
+        verb = verbs.add_parser(
+            stage,
+            help=text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **(_stage_help(stage) if stage == asked else {}),
+        )
+        _add_recipe(verb)
+        verb.set_defaults(command=_run, stage=stage, start=None)
+
+    generate = verbs.add_parser("generate", help="continue a prompt with a model folder")
+    generate.add_argument("model", help="a model folder, a run folder, or a Hub id")
+    generate.add_argument("prompt", nargs="?", default="", help="the text to continue (default: none)")
+    generate.add_argument("--max-new-tokens", type=int, default=200, metavar="N")
+    generate.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 takes the likeliest token")
+    generate.add_argument("--top-p", type=float, default=0.95, metavar="P")
+    generate.add_argument("--seed", type=int, default=0, metavar="S")
+    generate.add_argument("--trust-remote-code", action="store_true", help="run the code inside a foreign model folder")
+    generate.set_defaults(command=_generate)
+    return parser
+
+
+def _add_recipe(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("recipe", help="a YAML file, or the name of a recipe that comes with hfscratch")
+    verb.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace or add to the recipe's")
+    verb.add_argument("--force", action="store_true", help="run again even if nothing has changed")
+
+
+def _stage_help(stage: str) -> dict[str, str]:
+    """The stage's docstring and every key of its sections, with default and meaning."""
+    from hfscratch import pipeline
+    from hfscratch.recipe import field_docs
+
+    module = pipeline.stage_module(stage)
+    lines: list[str] = []
+
+    def describe(cls: type, prefix: str) -> None:
+        docs, hints = field_docs(cls), typing.get_type_hints(cls)
+        for each in dataclasses.fields(cls):
+            if "names" in each.metadata:
+                owner = "transformers.TrainingArguments" if prefix == "pretrain" else "the type's own configuration"
+                lines.append(f"  {prefix}.…: any other field of {owner}")
+                continue
+            nested = [kind for kind in (hints[each.name], *typing.get_args(hints[each.name])) if dataclasses.is_dataclass(kind)]
+            default = f" (default: {json.dumps(each.default)})" if isinstance(each.default, str | int | float | None) else ""
+            about = f"{docs.get(each.name, '')}{default}"
+            head = f"  {prefix}.{each.name}: "
+            lines.extend(textwrap.wrap(about, 110, initial_indent=head, subsequent_indent="      ") or [head])
+            for kind in nested:
+                is_list = hints[each.name] is not kind
+                describe(kind, f"{prefix}.{each.name}{'[]' if is_list else ''}")
+
+    for name, cls in module.SECTIONS.items():
+        describe(cls, name)
+    return {"description": module.__doc__ or "", "epilog": "keys:\n" + "\n".join(lines)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The commands
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from hfscratch import pipeline, recipe
+
+    started = time.perf_counter()
+    loaded = recipe.load(arguments.recipe, pipeline.sections(), arguments.overrides)
+    stages = [arguments.stage] if arguments.stage else None
+    results = pipeline.run(loaded, stages, force=arguments.force, start=arguments.start)
+    if int(os.environ.get("RANK", 0)) != 0:
+        return 0
+    report = loaded.out / "report.html"
+    if not report.exists() or not all(result.was_fresh for result in results):
+        from hfscratch import reporting
+
+        reporting.write(loaded.out)
+    for result in results:
+        print(f"{result.stage}: " + ("fresh, nothing to do" if result.was_fresh else f"done in {_time(result.seconds)}"))
+        if arguments.stage:
+            _print_table(result.rows)
+    if not arguments.stage:
+        _print_summary(loaded.out, arguments.recipe, time.perf_counter() - started)
+    print(f"report: {report}")
+    return 0
+
+
+def _print_summary(out: Path, recipe_name: str, seconds: float) -> None:
+    """The table, the proofs, the samples and the next commands: what stands in the run folder, whoever made it."""
+    from hfscratch import pipeline
+
+    manifests = pipeline.manifests(out)
+    rows: list[tuple[str, str]] = []
+    if "data" in manifests:
+        metrics = manifests["data"]["metrics"]
+        for split, count in metrics["documents"].items():
+            rows.append((f"documents, {split}", f"{count:,} ({metrics['bytes'][split] / 1e6:.2f} MB)"))
+    if "tokenizer" in manifests:
+        metrics = manifests["tokenizer"]["metrics"]
+        rows.append(("vocabulary", f"{metrics['vocab_size']:,} entries, {metrics['bytes_per_token']['train']:.2f} bytes a token"))
+    if "pretrain" in manifests:
+        metrics = manifests["pretrain"]["metrics"]
+        size = sum(entry["size_bytes"] for entry in manifests["pretrain"]["files"].values())
+        rows.append(("parameters", f"{metrics['parameters']:,} ({size / 1e6:.1f} MB on disk)"))
+        rows.append(("trained on", f"{metrics['train_tokens']:,} tokens, {metrics['precision']}"))
+        rows.append(("speed", f"{metrics['tokens_per_s']:,.0f} tokens/s, {_time(metrics['train_seconds'])}"))
+    if "evaluate" in manifests:
+        scores = json.loads((out / "evaluate" / "metrics.json").read_text(encoding="utf-8"))
+        for model, splits in scores.items():
+            for split in ("validation", "test"):
+                for name, unit in (("bits_per_byte", "bits per byte"), ("perplexity", "perplexity")):
+                    if name in splits.get(split, {}):
+                        rows.append((f"{unit}, {split}", f"{splits[split][name]:.3f} ({model})"))
+            if "parses" in splits:
+                parses = splits["parses"]
+                rows.append(("parses as Python", f"{parses['share']:.1%} of samples; {parses['reference_share']:.1%} of real text cut alike"))
+    print()
+    _print_table(rows)
+    print("\nproofs")
+    for stage, manifest in manifests.items():
+        for proof in manifest["proofs"]:
+            print(f"  {'holds ' if proof['holds'] else 'FAILED'}  {stage}: {proof['claim']} ({proof['evidence']})")
+    if "evaluate" in manifests:
+        samples = json.loads((out / "evaluate" / "samples.json").read_text(encoding="utf-8"))
+        for number, sample in enumerate(samples[:3], 1):
+            print(f"\nsample {number}")
+            text = sample["prompt"] + sample["text"] if "prompt" in sample else sample["text"]
+            print(textwrap.indent("\n".join(text.strip("\n").splitlines()[:12]), "  | ", lambda line: True))
+    print(f"\nthis run: {_time(seconds)}")
+    if "pretrain" in manifests:
+        print(f"try it:         hfscratch generate {out / 'pretrain'} \"def \"")
+    print("your own text:  hfscratch init my_docs/ && hfscratch run my_docs.yaml")
+
+
+def _print_table(rows: Sequence[tuple[str, str]]) -> None:
+    width = max((len(label) for label, _ in rows), default=0)
+    for label, value in rows:
+        print(f"  {label:<{width}}  {value}")
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 90 else f"{seconds / 60:.1f} minutes"
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    from hfscratch.planning import init
+
+    written = init.write_recipe(
+        arguments.path,
+        output=arguments.output,
+        minutes=arguments.minutes,
+        text_column=arguments.text_column,
+        force=arguments.force,
+    )
+    print(written.summary)
+    print(f"\nwrote {written.path}; look at it, then:  hfscratch run {written.path}")
+    return 0
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from hfscratch import serving
+
+    model, tokenizer = serving.load_model(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    print(arguments.prompt, end="", flush=True)
+    for piece in serving.stream(
+        model,
+        tokenizer,
+        arguments.prompt,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+    ):
+        print(piece, end="", flush=True)
+    print()
+    return 0

@@ -1,0 +1,81 @@
+"""How a global batch is cut into what one device holds at a time, and how fast a model trains here."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+
+MEMORY_SHARE = 0.4
+"""Share of the free memory that activations may take."""
+MAX_CPU_TOKENS = 8192
+"""Tokens that a CPU works on at a time: more fills its caches, not its cores."""
+
+
+def free_memory_bytes() -> int:
+    """Free memory of this process's GPU, or of the machine."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def activation_bytes_per_token(config: Any) -> int:
+    """About what forward and backward keep for one token, in bytes, in fp32.
+
+    A layer keeps its residual stream, norms, attention inputs and outputs (about 16 widths) and its MLP's inner
+    values (about 3 of its widths); the head keeps the logits, their softmax and gradient.
+    """
+    hidden = config.hidden_size
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    return 4 * (config.num_hidden_layers * (16 * hidden + 3 * inner) + 3 * config.vocab_size)
+
+
+def training_state_bytes(num_parameters: int) -> int:
+    """Weights, gradients and AdamW's two moments in fp32."""
+    return 16 * num_parameters
+
+
+def micro_batch_rows(rows_per_process: int, sequence_length: int, config: Any) -> int:
+    """The most rows that divide `rows_per_process` and fit in memory at once."""
+    budget = MEMORY_SHARE * free_memory_bytes()
+    tokens = max(1, int(budget // activation_bytes_per_token(config)))
+    if not torch.cuda.is_available():
+        tokens = min(tokens, MAX_CPU_TOKENS)
+    most = max(1, tokens // sequence_length)
+    return next(rows for rows in range(min(most, rows_per_process), 0, -1) if rows_per_process % rows == 0)
+
+
+def default_batch_tokens(train_tokens: int, sequence_length: int) -> int:
+    """Tokens an optimizer step: 1024 for a run of a million tokens, growing as its power 0.38, in whole rows.
+
+    Source: small batches were measured to win on short runs (docs/log.md); the power is that of
+    Zhang et al. 2024, "How Does Critical Batch Size Scale in Pre-training?".
+    """
+    wanted = 1024 * (max(train_tokens, 1) / 1e6) ** 0.38
+    rows = max(1, 2 ** round(math.log2(max(wanted / sequence_length, 1))))
+    return rows * sequence_length
+
+
+def seconds_per_step(model: Any, batch: dict[str, torch.Tensor], *, bf16: bool, repeats: int = 3) -> float:
+    """The best time of one forward and backward over `batch`, after one to warm up; gradients are dropped."""
+    device = next(model.parameters()).device
+    batch = {name: value.to(device) for name, value in batch.items()}
+    was_training = model.training
+    model.train()
+    best = float("inf")
+    for attempt in range(repeats + 1):
+        started = time.perf_counter()
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+            loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        if attempt > 0:
+            best = min(best, time.perf_counter() - started)
+        model.zero_grad(set_to_none=True)
+    model.train(was_training)
+    return best
