@@ -86,7 +86,7 @@ def _machine_error(error: Exception) -> MachineError | None:
     code = error.errno if isinstance(error, OSError) else None
     if code in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text or "os error 28" in text:
         return MachineError("the disk is full; what was being written has been dropped, what was finished stands")
-    if "PytorchStreamWriter failed" in text or "inline_container" in text and "write" in text:
+    if "PytorchStreamWriter failed" in text or ("inline_container" in text and "write" in text):
         return MachineError("a file could not be written, most likely because the disk is full")
     if code in (errno.EACCES, errno.EPERM, errno.EROFS):
         name = error.filename if isinstance(error, OSError) else None
@@ -124,7 +124,9 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     init = verbs.add_parser("init", help="write a recipe for your own text, sized to it and to this machine")
     init.add_argument("path", help="a folder or file of text: .txt .md .py .jsonl(.gz) .parquet")
     init.add_argument("--output", "-o", type=Path, help="where to write the recipe (default: NAME.yaml here)")
-    init.add_argument("--minutes", type=float, default=10.0, help="how long `run` may take on this machine (default: 10)")
+    init.add_argument(
+        "--minutes", type=float, default=10.0, help="how long `run` may take on this machine (default: 10)"
+    )
     init.add_argument("--text-column", help="the column that holds the text, for .jsonl and .parquet")
     init.add_argument("--force", action="store_true", help="replace a recipe that stands there")
     init.set_defaults(command=_init)
@@ -135,11 +137,12 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     run.set_defaults(command=_run, stage=None)
 
     for stage, text in STAGE_HELP.items():
+        about: dict[str, Any] = _stage_help(stage) if stage == asked else {}
         verb = verbs.add_parser(
             stage,
             help=text,
             formatter_class=argparse.RawDescriptionHelpFormatter,
-            **(_stage_help(stage) if stage == asked else {}),
+            **about,
         )
         _add_recipe(verb)
         verb.set_defaults(command=_run, stage=stage, start=None)
@@ -177,8 +180,14 @@ def _stage_help(stage: str) -> dict[str, str]:
                 owner = "transformers.TrainingArguments" if prefix == "pretrain" else "the type's own configuration"
                 lines.append(f"  {prefix}.…: any other field of {owner}")
                 continue
-            nested = [kind for kind in (hints[each.name], *typing.get_args(hints[each.name])) if dataclasses.is_dataclass(kind)]
-            default = f" (default: {json.dumps(each.default)})" if isinstance(each.default, str | int | float | None) else ""
+            nested: list[Any] = [
+                kind
+                for kind in (hints[each.name], *typing.get_args(hints[each.name]))
+                if dataclasses.is_dataclass(kind)
+            ]
+            default = (
+                f" (default: {json.dumps(each.default)})" if isinstance(each.default, str | int | float | None) else ""
+            )
             about = f"{docs.get(each.name, '')}{default}"
             head = f"  {prefix}.{each.name}: "
             lines.extend(textwrap.wrap(about, 110, initial_indent=head, subsequent_indent="      ") or [head])
@@ -210,7 +219,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
         reporting.write(loaded.out)
     for result in results:
-        print(f"{result.stage}: " + ("fresh, nothing to do" if result.was_fresh else f"done in {_time(result.seconds)}"))
+        print(
+            f"{result.stage}: " + ("fresh, nothing to do" if result.was_fresh else f"done in {_time(result.seconds)}")
+        )
         if arguments.stage:
             _print_table(result.rows)
     if not arguments.stage:
@@ -231,7 +242,12 @@ def _print_summary(out: Path, recipe_name: str, seconds: float) -> None:
             rows.append((f"documents, {split}", f"{count:,} ({metrics['bytes'][split] / 1e6:.2f} MB)"))
     if "tokenizer" in manifests:
         metrics = manifests["tokenizer"]["metrics"]
-        rows.append(("vocabulary", f"{metrics['vocab_size']:,} entries, {metrics['bytes_per_token']['train']:.2f} bytes a token"))
+        rows.append(
+            (
+                "vocabulary",
+                f"{metrics['vocab_size']:,} entries, {metrics['bytes_per_token']['train']:.2f} bytes a token",
+            )
+        )
     if "pretrain" in manifests:
         metrics = manifests["pretrain"]["metrics"]
         size = sum(entry["size_bytes"] for entry in manifests["pretrain"]["files"].values())
@@ -247,7 +263,12 @@ def _print_summary(out: Path, recipe_name: str, seconds: float) -> None:
                         rows.append((f"{unit}, {split}", f"{splits[split][name]:.3f} ({model})"))
             if "parses" in splits:
                 parses = splits["parses"]
-                rows.append(("parses as Python", f"{parses['share']:.1%} of samples; {parses['reference_share']:.1%} of real text cut alike"))
+                rows.append(
+                    (
+                        "parses as Python",
+                        f"{parses['share']:.1%} of samples; {parses['reference_share']:.1%} of real text cut alike",
+                    )
+                )
     print()
     _print_table(rows)
     print("\nproofs")
@@ -262,7 +283,7 @@ def _print_summary(out: Path, recipe_name: str, seconds: float) -> None:
             print(textwrap.indent("\n".join(text.strip("\n").splitlines()[:12]), "  | ", lambda line: True))
     print(f"\nthis run: {_time(seconds)}")
     if "pretrain" in manifests:
-        print(f"try it:         hfscratch generate {out / 'pretrain'} \"def \"")
+        print(f'try it:         hfscratch generate {out / "pretrain"} "def "')
     print("your own text:  hfscratch init my_docs/ && hfscratch run my_docs.yaml")
 
 
@@ -277,7 +298,7 @@ def _time(seconds: float) -> str:
 
 
 def _init(arguments: argparse.Namespace) -> int:
-    from hfscratch.planning import init
+    from hfscratch import init
 
     written = init.write_recipe(
         arguments.path,

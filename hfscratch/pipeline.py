@@ -67,7 +67,9 @@ def run(
     if stages is None:
         stages = [stage for stage in STAGES if stage in recipe.sections]
         if not stages:
-            raise UsageError(f"{recipe.source} has no section that is a stage; it needs at least one of: {', '.join(STAGES)}")
+            raise UsageError(
+                f"{recipe.source} has no section that is a stage; it needs at least one of: {', '.join(STAGES)}"
+            )
     for stage in stages:
         recipe.section(stage)
     if start is not None and start not in stages:

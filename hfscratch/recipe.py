@@ -14,10 +14,11 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import itertools
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union
@@ -126,9 +127,7 @@ def load(name_or_path: str, sections: Mapping[str, type], overrides: Sequence[st
         raise UsageError(f"{path}: name is {top['name']!r}; it must not be empty or hold a slash")
     if not 0 <= top["seed"] < 2**32:
         raise UsageError(f"{path}: seed is {top['seed']}; it must lie between 0 and 2**32 - 1")
-    built = {
-        name: _convert(values[name][1], cls, name, str(path)) for name, cls in sections.items() if name in values
-    }
+    built = {name: _convert(values[name][1], cls, name, str(path)) for name, cls in sections.items() if name in values}
     return Recipe(name=top["name"], out=Path(top["out"]), seed=top["seed"], sections=built, source=str(path))
 
 
@@ -163,7 +162,7 @@ def field_docs(cls: type) -> dict[str, str]:
     assert isinstance(definition, ast.ClassDef)
     body = definition.body
     docs = {}
-    for statement, following in zip(body, body[1:], strict=False):
+    for statement, following in itertools.pairwise(body):
         if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
             docs[statement.target.id] = " ".join(ast.literal_eval(following.value).split())  # type: ignore[union-attr]
     return docs
@@ -203,7 +202,7 @@ def _override(root: yaml.MappingNode, override: str) -> None:
     value = _compose(text, override)
     if value is None:
         value = yaml.ScalarNode("tag:yaml.org,2002:null", "")
-    mark = yaml.Mark(override, 0, 0, 0, None, None)
+    mark = yaml.Mark(override, 0, 0, 0, None, 0)
     for node in _walk(value):
         node.start_mark = mark
     *parents, last = key.split(".")
@@ -221,7 +220,7 @@ def _override(root: yaml.MappingNode, override: str) -> None:
     node.value.append((yaml.ScalarNode("tag:yaml.org,2002:str", last, start_mark=mark), value))
 
 
-def _walk(node: yaml.Node):
+def _walk(node: yaml.Node) -> Iterator[yaml.Node]:
     yield node
     if isinstance(node, yaml.SequenceNode):
         for item in node.value:
@@ -267,9 +266,9 @@ def _convert(node: yaml.Node, kind: Any, key: str, source: str) -> Any:
     origin = typing.get_origin(kind)
     if origin in (Union, types.UnionType):
         options = [option for option in typing.get_args(kind) if option is not types.NoneType]
-        if isinstance(node, yaml.ScalarNode) and node.tag.endswith(":null"):
-            if len(options) < len(typing.get_args(kind)):
-                return None
+        is_optional = len(options) < len(typing.get_args(kind))
+        if is_optional and isinstance(node, yaml.ScalarNode) and node.tag.endswith(":null"):
+            return None
         if len(options) == 1:
             return _convert(node, options[0], key, source)
         for option in options:
@@ -278,7 +277,7 @@ def _convert(node: yaml.Node, kind: Any, key: str, source: str) -> Any:
             except UsageError:
                 continue
         raise UsageError(f"{where}: {key} is {_show(node)}, which is not {_name(kind)}")
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return _section(node, kind, key, source)
     if origin in (list, tuple):
         if not isinstance(node, yaml.SequenceNode):
@@ -293,9 +292,11 @@ def _convert(node: yaml.Node, kind: Any, key: str, source: str) -> Any:
         raise UsageError(f"{where}: {key} is {_show(node)}; it must be {_name(kind)}")
     value = _plain(node)
     if origin is Literal:
-        options = typing.get_args(kind)
+        options = list(typing.get_args(kind))
         value = node.value if isinstance(value, bool) and node.value in options else value
-        if value not in options or isinstance(value, bool) != any(value is option for option in options if isinstance(option, bool)):
+        if value not in options or isinstance(value, bool) != any(
+            value is option for option in options if isinstance(option, bool)
+        ):
             hint = _nearest(str(value), [str(option) for option in options])
             raise UsageError(f"{where}: {key} is {_show(node)}; it must be one of {', '.join(map(str, options))}{hint}")
         return value
@@ -372,8 +373,8 @@ def _foreign(node: yaml.Node, annotation: str, key: str, source: str) -> Any:
     value = _plain(node)
     if "Any" in annotation or not isinstance(node, yaml.ScalarNode) or value is None:
         return value
-    kinds = {kind for kind in (int, float, str, bool) if kind.__name__ in annotation.replace("[str", "")}
-    if not kinds or str in kinds and isinstance(value, str):
+    kinds: set[type] = {kind for kind in (int, float, str, bool) if kind.__name__ in annotation.replace("[str", "")}
+    if not kinds or (str in kinds and isinstance(value, str)):
         return value
     return _scalar(value, node, kinds, key, _where(source, node))
 

@@ -57,12 +57,15 @@ def config_fields(model_type: str) -> dict[str, str]:
         raise UsageError(f"type is '{model_type}', which is neither 'scratch' nor a type of transformers{hint}")
     class_name = types[model_type]
     models = _transformers() / "models"
-    for source in [*models.glob(f"{model_type.replace('-', '_')}/configuration_*.py"), *models.glob("*/configuration_*.py")]:
+    for source in [
+        *models.glob(f"{model_type.replace('-', '_')}/configuration_*.py"),
+        *models.glob("*/configuration_*.py"),
+    ]:
         text = source.read_text(encoding="utf-8")
         if f"class {class_name}(" in text:
             fields = annotated_fields(source, class_name)
             base = annotated_fields(_transformers() / "configuration_utils.py", "PreTrainedConfig")
-            return base | fields | {alias: "Any" for alias in _attribute_map(text, class_name)}
+            return base | fields | dict.fromkeys(_attribute_map(text, class_name), "Any")
     raise UsageError(f"type is '{model_type}', whose configuration class {class_name} was not found in transformers")
 
 
@@ -123,9 +126,9 @@ def build_config(
     if "num_key_value_heads" in known and heads_given is not None:
         values["num_key_value_heads"] = heads_given
     hidden_given = fields.get("hidden_size", values.get("hidden_size"))
-    if "head_dim" in known and model_type != "scratch" and hidden_given and heads_given:
-        if hidden_given % heads_given == 0:
-            values["head_dim"] = hidden_given // heads_given
+    divides = hidden_given and heads_given and hidden_given % heads_given == 0
+    if "head_dim" in known and model_type != "scratch" and divides:
+        values["head_dim"] = hidden_given // heads_given
     if "max_position_embeddings" in known:
         values["max_position_embeddings"] = sequence_length
     aliases = _aliases(model_type)
@@ -164,11 +167,15 @@ def matmul_parameters(model: PreTrainedModel) -> int:
     """Parameters that a token is multiplied with: all matrices and the head, not the tables that are looked up."""
     from torch import nn
 
-    tables = {id(module.weight): module.weight.numel() for module in model.modules() if isinstance(module, nn.Embedding)}
+    tables = {
+        id(module.weight): module.weight.numel() for module in model.modules() if isinstance(module, nn.Embedding)
+    }
     output = model.get_output_embeddings()
     tied = output is not None and id(output.weight) in tables
-    return sum(p.numel() for p in model.parameters() if p.ndim >= 2) - sum(tables.values()) + (
-        output.weight.numel() if tied else 0
+    return (
+        sum(p.numel() for p in model.parameters() if p.ndim >= 2)
+        - sum(tables.values())
+        + (output.weight.numel() if tied else 0)
     )
 
 
@@ -178,5 +185,7 @@ def training_flops_per_token(model: PreTrainedModel, sequence_length: int) -> in
     Source: Kaplan et al. 2020, section 2.1; Chowdhery et al. 2022 (PaLM), appendix B.
     """
     config = model.config
-    width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    width = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
     return 6 * matmul_parameters(model) + 12 * config.num_hidden_layers * width * sequence_length

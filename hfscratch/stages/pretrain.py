@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
-import json
 import logging
 import math
 import os
@@ -188,7 +187,9 @@ class PretrainSection:
                 f"the nearest value that does is {nearest}"
             )
         if self.early_stopping_patience is not None and self.early_stopping_patience < 1:
-            raise UsageError(f"early_stopping_patience is {self.early_stopping_patience}; it must be at least 1, or null")
+            raise UsageError(
+                f"early_stopping_patience is {self.early_stopping_patience}; it must be at least 1, or null"
+            )
         if self.sample_tokens < 0:
             raise UsageError(f"sample_tokens is {self.sample_tokens}; it must not be negative")
         for name in ("max_steps", "num_train_epochs"):
@@ -243,7 +244,7 @@ def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
 
     from hfscratch import tokens
     from hfscratch.planning.shape import count_parameters, training_flops_per_token
-    from hfscratch.training import batch, callbacks, checkpoints, optimizer, precision
+    from hfscratch.training import batch, callbacks, checkpoints, precision
     from hfscratch.training.trainer import PretrainTrainer
 
     if int(transformers.__version__.split(".")[0]) < 5:
@@ -293,7 +294,7 @@ def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
         bos_token_id=tokenizer.bos_token_id,
         isolate_documents=section.isolate_documents,
     )
-    validation_rows = None
+    validation_rows: Any = None
     eval_tokens = section.eval_tokens or min(MAX_EVAL_TOKENS, budget.tokens // 40)
     if has_validation:
         validation_split = tokens.TokenizedSplit(tokenizer_folder / "tokens", "validation")
@@ -399,7 +400,9 @@ def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
     before_training = time.perf_counter() - started
     result = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     if stop.stopped:
-        raise Terminated(f"stopped by SIGTERM after step {trainer.state.global_step}; the same command goes on from there")
+        raise Terminated(
+            f"stopped by SIGTERM after step {trainer.state.global_step}; the same command goes on from there"
+        )
     if not math.isfinite(result.training_loss):
         raise MachineError("training diverged (the loss is not finite); set a lower pretrain.learning_rate")
 
@@ -447,7 +450,10 @@ def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
     best = min((each["eval_bits_per_byte"] for each in validated), default=None)
     return [
         ("model", plan[0][1]),
-        ("trained", f"{metrics['train_tokens']:,} tokens in {_minutes(train_seconds)}, {metrics['tokens_per_s']:,.0f} tokens/s"),
+        (
+            "trained",
+            f"{metrics['train_tokens']:,} tokens in {_minutes(train_seconds)}, {metrics['tokens_per_s']:,.0f} tokens/s",
+        ),
         ("validation", f"{best:.3f} bits per byte on {len(validation_rows):,} rows" if best else "none (no split)"),
     ]
 

@@ -31,7 +31,7 @@ class TokenWriter:
         vocab_size: decides the integer type.
     """
 
-    def __init__(self, folder: Path, split: str, vocab_size: int):
+    def __init__(self, folder: Path, split: str, vocab_size: int) -> None:
         self.folder, self.split = folder, split
         self.ids = id_type(vocab_size)
         self.schema = pa.schema(
@@ -74,7 +74,7 @@ class TokenizedSplit:
     Raises: FileNotFoundError if the split was never written.
     """
 
-    def __init__(self, folder: Path, split: str):
+    def __init__(self, folder: Path, split: str) -> None:
         paths = sorted(folder.glob(f"{split}-*.arrow"))
         if not paths:
             raise FileNotFoundError(f"{folder} has no {split} split")
@@ -119,7 +119,9 @@ def read_documents(folder: Path, split: str, batch_chars: int = 2_000_000) -> It
     for path in sorted((folder / "data").glob(f"{split}-*.parquet")):
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=64, columns=["id", "text"]):
-                for identifier, text in zip(batch.column("id").to_pylist(), batch.column("text").to_pylist(), strict=True):
+                for identifier, text in zip(
+                    batch.column("id").to_pylist(), batch.column("text").to_pylist(), strict=True
+                ):
                     ids.append(identifier)
                     texts.append(text)
                     chars += len(text)

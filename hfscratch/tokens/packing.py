@@ -26,7 +26,7 @@ class PackingIndex:
     Raises: DataError if all documents together do not fill one row.
     """
 
-    def __init__(self, lengths: np.ndarray, *, sequence_length: int, seed: int):
+    def __init__(self, lengths: np.ndarray, *, sequence_length: int, seed: int) -> None:
         self.lengths = np.asarray(lengths, dtype=np.int64)
         self.sequence_length = sequence_length
         self.seed = seed
@@ -79,7 +79,7 @@ class PackedRows:
 
     def __init__(
         self, split: TokenizedSplit, index: PackingIndex, *, num_rows: int, bos_token_id: int, isolate_documents: bool
-    ):
+    ) -> None:
         self.split, self.index, self.num_rows = split, index, num_rows
         self.bos_token_id, self.isolate_documents = bos_token_id, isolate_documents
 

@@ -24,23 +24,23 @@ class ProgressBar(TrainerCallback):
         bytes_per_token: of the train split; turns loss into bits per byte.
     """
 
-    def __init__(self, *, tokens_per_step: int, bytes_per_token: float):
+    def __init__(self, *, tokens_per_step: int, bytes_per_token: float) -> None:
         self.tokens_per_step, self.bytes_per_token = tokens_per_step, bytes_per_token
         self.bar: tqdm | None = None
         self._started = self._seconds_before = 0.0
         self._first_step = 0
 
-    def on_train_begin(self, args, state, control, **kwargs):  # noqa: ANN001, ANN201
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="pretrain", unit="step")
         self._started, self._first_step = time.perf_counter(), state.global_step
         self._seconds_before = max((entry.get("seconds", 0.0) for entry in state.log_history), default=0.0)
 
-    def on_step_end(self, args, state, control, **kwargs):  # noqa: ANN001, ANN201
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: ANN001, ANN201
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if state.log_history:
             # Saved with every checkpoint, so that the time of an interrupted run adds up.
             state.log_history[-1]["seconds"] = self._seconds_before + time.perf_counter() - self._started
@@ -60,7 +60,7 @@ class ProgressBar(TrainerCallback):
                 file=sys.stderr,
             )
 
-    def on_train_end(self, args, state, control, **kwargs):  # noqa: ANN001, ANN201
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
@@ -74,13 +74,13 @@ class Samples(TrainerCallback):
     """A generated sample at each validation, kept for the report. It draws from a generator of its own state, so that
     training's random numbers are the same with and without it."""
 
-    def __init__(self, tokenizer: Any, *, prompt: str, max_new_tokens: int, seed: int):
+    def __init__(self, tokenizer: Any, *, prompt: str, max_new_tokens: int, seed: int) -> None:
         self.tokenizer, self.prompt, self.max_new_tokens, self.seed = tokenizer, prompt, max_new_tokens, seed
 
-    def on_evaluate(self, args, state, control, model=None, **kwargs):  # noqa: ANN001, ANN201
+    def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or self.max_new_tokens == 0 or _is_partitioned(model):
             return
-        ids = [self.tokenizer.bos_token_id] + self.tokenizer.encode(self.prompt, add_special_tokens=False)
+        ids = [self.tokenizer.bos_token_id, *self.tokenizer.encode(self.prompt, add_special_tokens=False)]
         inputs = torch.tensor([ids], device=model.device)  # (1, seq)
         was_training = model.training
         model.eval()
@@ -107,19 +107,19 @@ class StopOnSignal(TrainerCallback):
     def __init__(self) -> None:
         self.stopped = False
 
-    def on_train_begin(self, args, state, control, **kwargs):  # noqa: ANN001, ANN201
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._previous = signal.signal(signal.SIGTERM, self._note)
 
     def _note(self, signum: int, frame: Any) -> None:
         self.stopped = True
 
-    def on_step_end(self, args, state, control, **kwargs):  # noqa: ANN001, ANN201
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         if self.stopped:
             control.should_save = True
             control.should_training_stop = True
         return control
 
-    def on_train_end(self, args, state, control, **kwargs):  # noqa: ANN001, ANN201
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         signal.signal(signal.SIGTERM, self._previous)
 
 

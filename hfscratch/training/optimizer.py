@@ -74,4 +74,6 @@ def default_learning_rates(model: nn.Module, hidden_size: int, matrix: float | N
     scale = math.sqrt(256 / hidden_size)
     base = 3e-3 * scale
     factor = 1.0 if matrix is None else matrix / base
-    return LearningRates(matrix=base * factor, embedding=0.3 * scale * factor, head=4e-3 * scale * factor, rest=base * factor)
+    return LearningRates(
+        matrix=base * factor, embedding=0.3 * scale * factor, head=4e-3 * scale * factor, rest=base * factor
+    )

@@ -1,0 +1,255 @@
+"""How likely a causal model finds texts: negative log-likelihoods that predict every byte exactly once.
+
+The first token of a text is predicted from the beginning-of-text token; a text longer than the window is read through
+a sliding one, whose first position scores all its tokens and whose later positions score only the tokens that are new.
+Nothing is dropped and nothing is predicted twice: `Scores` carries the counts that prove it.
+
+Bits per byte and perplexity are two readings of one `Scores`. Masked models have no likelihood of this kind and are
+not covered. The end-of-text token is no byte of the text, so it is not scored.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hfscratch.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+# A window is as long as the model's context, but no longer than this: a context of 128k tokens would need gigabytes
+# of logits, and the gain beyond 2048 is small.
+LONGEST_DEFAULT_WINDOW = 2048
+DEFAULT_BATCH_TOKENS = 4096
+# Log-softmax in fp32 holds this many logits at once (64 MB), whatever the batch.
+LOGITS_AT_ONCE = 16 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What `score_texts` found, one entry a text, in the order of the texts.
+
+    Attributes:
+        nats: summed negative log-likelihood of the text, natural logarithm, float64.
+        num_tokens: tokens of the text, the beginning-of-text token not counted.
+        num_bytes: bytes of the text in UTF-8, counted on the text itself.
+        num_scored_once: tokens, over all texts, that were predicted exactly once.
+        num_round_trips: texts that come back unchanged from their token ids.
+    """
+
+    nats: np.ndarray
+    num_tokens: np.ndarray
+    num_bytes: np.ndarray
+    num_scored_once: int
+    num_round_trips: int
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits needed for a byte of text: comparable between tokenizers. Raises: UsageError if there is no text."""
+        self._require_text()
+        return float(self.nats.sum() / math.log(2) / self.num_bytes.sum())
+
+    @property
+    def perplexity(self) -> float:
+        """Exponential of the mean negative log-likelihood of a token: comparable within one tokenizer only.
+
+        Raises: UsageError if there is no text.
+        """
+        self._require_text()
+        return float(np.exp(self.nats.sum() / self.num_tokens.sum()))
+
+    def _require_text(self) -> None:
+        if not self.num_tokens.sum():
+            raise UsageError(f"there is no text to score: {len(self.nats)} texts, none with a token")
+
+
+@dataclass(frozen=True)
+class _Window:
+    """One row to predict: the tokens `start .. end` of a text, of which those from `first_new` on are new.
+
+    Positions count the beginning-of-text token as 0; the token at position p is predicted from positions start..p-1.
+    """
+
+    text: int
+    start: int
+    first_new: int
+    end: int
+
+    @property
+    def length(self) -> int:
+        return self.end - self.start
+
+
+def begin_token_id(tokenizer: Any) -> int:
+    """The token that stands before a text: beginning-of-text, else end-of-text. Raises: UsageError without either."""
+    for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return int(token_id)
+    raise UsageError(
+        "the tokenizer has neither a beginning-of-text nor an end-of-text token, so the first token of a text cannot "
+        "be predicted; set bos_token in its tokenizer_config.json"
+    )
+
+
+def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """The token ids of each text, with no special token added.
+
+    A text that spells a special token ("<|endoftext|>") is still text: with `split_special_tokens` its letters are
+    encoded, and not the token, which would be one easy prediction for a dozen bytes.
+    """
+    if not texts:
+        return []
+    return tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )["input_ids"]
+
+
+def default_window(model: Any) -> int:
+    """The model's context in tokens, at most `LONGEST_DEFAULT_WINDOW`."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(context or LONGEST_DEFAULT_WINDOW, LONGEST_DEFAULT_WINDOW)
+
+
+def score_texts(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+    batch_tokens: int = DEFAULT_BATCH_TOKENS,
+    progress: str | None = None,
+) -> Scores:
+    """Predicts every token of every text once, in the model's own precision, on the model's device.
+
+    Args:
+        window: tokens the model reads at once; the model's context if None.
+        stride: how far the window moves on; half the window if None. A smaller one gives each token more context.
+        batch_tokens: tokens in a batch, padding included; affects speed and memory, not results.
+        progress: the label of a progress bar on stderr; no bar if None.
+
+    Raises: UsageError for a window or stride that cannot be, or a tokenizer without a token to begin with.
+    """
+    import torch
+    from tqdm.auto import tqdm
+
+    window = default_window(model) if window is None else window
+    stride = max(1, window // 2) if stride is None else stride
+    if window < 1 or not 1 <= stride <= window:
+        raise UsageError(f"window is {window} and stride is {stride}; they must satisfy 1 <= stride <= window")
+    begin = begin_token_id(tokenizer)
+    ids = encode(tokenizer, texts)
+    num_round_trips = sum(
+        tokenizer.decode(row, skip_special_tokens=False, clean_up_tokenization_spaces=False) == text
+        for row, text in zip(ids, texts, strict=True)
+    )
+    sequences = [np.array([begin, *row], dtype=np.int64) for row in ids]
+    times_scored = [np.zeros(len(row), dtype=np.uint8) for row in ids]
+    nats = np.zeros(len(ids))
+
+    windows = [each for text, row in enumerate(ids) for each in _windows(text, len(row), window, stride)]
+    # Rows of like length share a batch (little padding), and so do rows that need the same logits.
+    windows.sort(key=lambda each: (each.first_new - each.start, each.length))
+    was_training = model.training
+    model.eval()
+    try:
+        with (
+            torch.no_grad(),
+            tqdm(
+                total=sum(map(len, ids)),
+                desc=progress,
+                unit=" tokens",
+                unit_scale=True,
+                disable=progress is None,
+                leave=False,
+            ) as bar,
+        ):
+            for batch in _batches(windows, batch_tokens):
+                for each, losses in zip(batch, _predict(model, sequences, batch), strict=True):
+                    nats[each.text] += float(losses.sum(dtype=np.float64))
+                    times_scored[each.text][each.first_new - 1 : each.end - 1] += 1
+                    bar.update(len(losses))
+    finally:
+        model.train(was_training)
+    return Scores(
+        nats=nats,
+        num_tokens=np.array([len(row) for row in ids], dtype=np.int64),
+        num_bytes=np.array([len(text.encode()) for text in texts], dtype=np.int64),
+        num_scored_once=sum(int((times == 1).sum()) for times in times_scored),
+        num_round_trips=num_round_trips,
+    )
+
+
+def _windows(text: int, num_tokens: int, window: int, stride: int) -> Iterator[_Window]:
+    """The rows that together predict each of `num_tokens` tokens once."""
+    total = num_tokens + 1  # the beginning-of-text token is position 0
+    start, first_new = 0, 1
+    while first_new < total:
+        end = min(start + window + 1, total)  # `window` positions are read; the last of `end` is predicted only
+        yield _Window(text=text, start=start, first_new=first_new, end=end)
+        start, first_new = start + stride, end
+
+
+def _batches(windows: Sequence[_Window], batch_tokens: int) -> Iterator[list[_Window]]:
+    """Neighbouring windows, as many as fit into `batch_tokens` once padded to the longest; at least one."""
+    batch: list[_Window] = []
+    longest = 0
+    for each in windows:
+        longest = max(longest, each.length)
+        if batch and longest * (len(batch) + 1) > batch_tokens:
+            yield batch
+            batch, longest = [], each.length
+        batch.append(each)
+    if batch:
+        yield batch
+
+
+def _predict(model: Any, sequences: Sequence[np.ndarray], batch: Sequence[_Window]) -> list[np.ndarray]:
+    """The negative log-likelihood of each new token of each row, fp32.
+
+    Rows are padded on the right. A causal model's earlier positions cannot see the padding, so that neither an
+    attention mask nor position ids are given, which keeps the model on its fast path.
+    """
+    import torch
+
+    longest = max(each.length for each in batch)
+    tokens = np.zeros((len(batch), longest), dtype=np.int64)
+    for row, each in enumerate(batch):
+        tokens[row, : each.length] = sequences[each.text][each.start : each.end]
+    rows = torch.from_numpy(tokens).to(model.device)  # (batch, longest)
+    inputs, targets = rows[:, :-1], rows[:, 1:]
+    # Logits are the dear part at a large vocabulary: ask for those positions only that some row of the batch scores.
+    first = min(each.first_new - each.start for each in batch) - 1
+    if first and "logits_to_keep" in inspect.signature(model.forward).parameters:
+        logits = model(inputs, use_cache=False, logits_to_keep=inputs.shape[1] - first).logits
+    else:
+        logits = model(inputs, use_cache=False).logits[:, first:]
+    targets = targets[:, first:]  # (batch, kept)
+    losses = _cross_entropy(logits, targets).cpu().numpy()
+    return [
+        losses[row, each.first_new - each.start - 1 - first : each.length - 1 - first] for row, each in enumerate(batch)
+    ]
+
+
+def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood of each target in fp32, in chunks, so that the fp32 copy stays small."""
+    import torch
+
+    flat, labels = logits.flatten(0, 1), targets.flatten()
+    chunk = max(1, LOGITS_AT_ONCE // flat.shape[-1])
+    losses = [
+        torch.nn.functional.cross_entropy(some.float(), wanted, reduction="none")
+        for some, wanted in zip(flat.split(chunk), labels.split(chunk), strict=True)
+    ]
+    return torch.cat(losses).view(targets.shape)

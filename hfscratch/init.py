@@ -1,0 +1,249 @@
+"""`hfscratch init`: looks at a corpus and at this machine, and writes a recipe sized to both.
+
+It measures how fast models of a few depths train here, takes the largest that can read enough tokens in the time
+given, and writes a comment at each choice. What it writes trains without change.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hfscratch.artifact import write_text
+from hfscratch.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from hfscratch.data import Inspection
+
+DEPTHS = (2, 3, 4, 6, 8, 10, 12)
+TOKENS_PER_PARAMETER = 4
+"""A model is taken only if it can be trained on this many tokens a parameter: fewer, and a smaller one, which sees
+more, ends lower. (20 is right where compute is the limit and time is not; on a laptop in minutes it is 4.)"""
+MAX_EPOCHS = 8
+HELD_OUT_BYTES = 1_000_000
+"""About what validation and test are given each: more would only cost time."""
+MIN_HELD_OUT_DOCUMENTS = 4
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `write_recipe` did: the file, and what it says, in a few lines."""
+
+    path: Path
+    summary: str
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The choices, before they become YAML."""
+
+    depth: int
+    vocab_size: int
+    sequence_length: int
+    batch_tokens: int
+    max_tokens: int
+    dropout: float
+    fraction: float
+    chunk_chars: int | None
+    corpus_tokens: int
+    tokens_per_s: float
+    seconds: dict[str, float]
+
+    @property
+    def minutes(self) -> float:
+        return sum(self.seconds.values()) / 60
+
+
+def write_recipe(
+    path: str, *, output: Path | None, minutes: float, text_column: str | None = None, force: bool = False
+) -> Written:
+    """Writes the recipe for the corpus at `path`.
+
+    Args:
+        path: a folder or file that `data` reads.
+        output: where to; by default `<name>.yaml` in the current folder.
+        minutes: how long the whole `run` may take on this machine.
+
+    Raises: UsageError if the output exists and `force` is not set; DataError if there is no text.
+    """
+    from hfscratch import data
+
+    if minutes <= 0:
+        raise UsageError(f"--minutes is {minutes:g}; it must be positive")
+    source = Path(path)
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", source.resolve().name.split(".")[0]).strip("-") or "corpus"
+    output = output or Path(f"{name}.yaml")
+    if output.exists() and not force:
+        raise UsageError(f"{output} exists; give another --output, or --force to replace it")
+    if not output.parent.is_dir():
+        raise UsageError(f"{output.parent} is not a folder; make it, or give another --output")
+    inspection = data.inspect(path, text_column=text_column)
+    if inspection.num_bytes == 0:
+        raise DataError(f"{path} holds no text")
+    plan = _plan(inspection, minutes)
+    write_text(output, _yaml(name, path, inspection, plan))
+    return Written(output, _summary(path, inspection, plan))
+
+
+def _plan(inspection: Inspection, minutes: float) -> _Plan:
+    from hfscratch.training.batch import default_batch_tokens
+
+    size = inspection.num_bytes
+    fraction = min(0.1, max(0.005, HELD_OUT_BYTES / size)) if size < 20 * HELD_OUT_BYTES else HELD_OUT_BYTES / size
+    fraction = float(f"{fraction:.2g}")
+    chunk_chars = None
+    if inspection.num_documents * fraction < MIN_HELD_OUT_DOCUMENTS:
+        pieces = 3 * MIN_HELD_OUT_DOCUMENTS / fraction
+        chunk_chars = max(200, int(float(f"{size / pieces:.1g}")))
+    vocab_size = 2 ** round(math.log2(min(max(2.4 * math.sqrt(size), 512), 16384)))
+    bytes_per_token = 1.9 + 0.42 * math.log2(vocab_size / 512)
+    corpus_tokens = int(size * (1 - 2 * fraction) / bytes_per_token)
+    sequence_length = 256 if corpus_tokens > 100_000 else 128 if corpus_tokens > 10_000 else 64
+
+    fixed = _fixed_seconds(inspection, size, fraction)
+    available = max(minutes * 60 - sum(fixed.values()), 10.0)
+    chosen: tuple[int, int, float] | None = None
+    for depth in DEPTHS:
+        parameters, per_s = _measure(depth, vocab_size, sequence_length)
+        affordable = int(available * per_s / 1.15)
+        tokens = min(affordable, 20 * parameters, MAX_EPOCHS * corpus_tokens)
+        if chosen is not None and tokens < TOKENS_PER_PARAMETER * parameters:
+            break
+        chosen = (depth, tokens, per_s)
+        if tokens < TOKENS_PER_PARAMETER * parameters:
+            break
+    assert chosen is not None
+    depth, max_tokens, per_s = chosen
+    batch_tokens = min(default_batch_tokens(max_tokens, sequence_length), 16 * sequence_length)
+    max_tokens = max(max_tokens // batch_tokens, 20) * batch_tokens
+    epochs = max_tokens / corpus_tokens
+    training = max_tokens / per_s * 1.15
+    held_out_tokens = size * fraction / bytes_per_token
+    return _Plan(
+        depth=depth,
+        vocab_size=vocab_size,
+        sequence_length=sequence_length,
+        batch_tokens=batch_tokens,
+        max_tokens=max_tokens,
+        dropout=0.2 if epochs > 4 else 0.1 if epochs > 1.5 else 0.0,
+        fraction=fraction,
+        chunk_chars=chunk_chars,
+        corpus_tokens=corpus_tokens,
+        tokens_per_s=per_s,
+        seconds=fixed | {"pretrain": training, "evaluate": fixed["evaluate"] + 4 * held_out_tokens / per_s / 2},
+    )
+
+
+def _fixed_seconds(inspection: Inspection, size: int, fraction: float) -> dict[str, float]:
+    """Seconds of the stages whose time the corpus decides."""
+    return {"data": 2.0 + size / 15e6, "tokenizer": 2.0 + min(size, 200e6) / 7e6 + size / 6e6, "evaluate": 12.0}
+
+
+def _measure(depth: int, vocab_size: int, sequence_length: int) -> tuple[int, float]:
+    """`(parameters, tokens a second of training)` of a model of this depth on this machine."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from hfscratch.planning.shape import build_config, count_parameters
+    from hfscratch.training.batch import seconds_per_step
+    from hfscratch.training.precision import choose_precision
+
+    config = build_config(
+        "scratch",
+        depth=depth,
+        fields={},
+        vocab_size=vocab_size,
+        special_ids={"pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1},
+        sequence_length=sequence_length,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    rows = max(1, 1024 // sequence_length)
+    ids = torch.randint(0, vocab_size, (rows, sequence_length))  # (batch, seq)
+    positions = torch.arange(sequence_length).expand(rows, -1)
+    batch = {"input_ids": ids, "labels": ids, "position_ids": positions}
+    seconds = seconds_per_step(model, batch, bf16=choose_precision().is_bf16)
+    return count_parameters(model), rows * sequence_length / seconds
+
+
+def _yaml(name: str, path: str, inspection: Inspection, plan: _Plan) -> str:
+    """The recipe, with the reason at each choice."""
+    epochs = plan.max_tokens / plan.corpus_tokens
+    column = inspection.text_column
+    source = [f"    - path: {_quote(path)}"]
+    if column and column != "text":
+        source.append(f"      text_column: {_quote(column)}")
+    if plan.chunk_chars:
+        chunk = [
+            f"  chunk_chars: {plan.chunk_chars}",
+            f"  # ^ {inspection.num_documents} documents are too few to split: they are cut at line ends into pieces",
+        ]
+    else:
+        chunk = []
+    metrics = "[bits_per_byte, perplexity, parses]" if inspection.is_python else "[bits_per_byte, perplexity]"
+    fits = (
+        "read more than once: dropout keeps it from learning them by heart"
+        if plan.dropout
+        else "read about once or less"
+    )
+    held_out = _size(plan.fraction * inspection.num_bytes)
+    lines = [
+        f"# A language model of {path}: {inspection.num_documents:,} documents, {_size(inspection.num_bytes)} of text.",
+        f"# Sized for this machine to take about {plan.minutes:.1f} minutes in all ("
+        + ", ".join(f"{stage} {_seconds(seconds)}" for stage, seconds in plan.seconds.items())
+        + ").",
+        f"# Run it with:  hfscratch run {name}.yaml      Every key is explained by:  hfscratch data --help  and so on.",
+        f"name: {name}",
+        f"out: runs/{name}",
+        "seed: 0",
+        "data:",
+        "  sources:",
+        *source,
+        f"  validation_fraction: {plan.fraction:g}   # watched while training; about {held_out}",
+        f"  test_fraction: {plan.fraction:g}         # touched by `evaluate` only",
+        *chunk,
+        "tokenizer:",
+        f"  vocab_size: {plan.vocab_size}   # grows with the root of the corpus: each entry must be seen often enough",
+        "model:",
+        f"  depth: {plan.depth}   # the largest that can read enough tokens in the time; more minutes allow more",
+        f"  dropout: {plan.dropout:g}   # the text is {fits}",
+        "pretrain:",
+        f"  sequence_length: {plan.sequence_length}   # the longest context; longer documents are cut into rows",
+        f"  batch_tokens: {plan.batch_tokens}   # small steps learn most from few tokens",
+        f"  max_tokens: {plan.max_tokens}   # {epochs:.2g} times the text, at {plan.tokens_per_s:,.0f} tokens/s here",
+        "  early_stopping_patience: null   # short enough to read to the end; the best checkpoint is kept anyway",
+        "evaluate:",
+        f"  metrics: {metrics}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _summary(path: str, inspection: Inspection, plan: _Plan) -> str:
+    """What was found and chosen, for the terminal."""
+    formats = ", ".join(f"{count} {suffix}" for suffix, count in sorted(inspection.formats.items()))
+    rows = [
+        ("found", f"{inspection.num_documents:,} documents, {_size(inspection.num_bytes)} of text ({formats})"),
+        ("model", f"depth {plan.depth}, vocabulary {plan.vocab_size:,}"),
+        ("training", f"{plan.max_tokens:,} tokens, {plan.max_tokens / plan.corpus_tokens:.2g} times the text"),
+        ("time", f"about {plan.minutes:.1f} minutes here"),
+    ]
+    lines = [f"  {label:<9} {value}" for label, value in rows]
+    for sample in inspection.samples:
+        shown = " ".join(sample.split())
+        lines.append(f"  sample    {shown[:90]}{'…' if len(shown) > 90 else ''}")
+    return "\n".join(lines)
+
+
+def _quote(text: str) -> str:
+    return text if re.fullmatch(r"[\w./~][\w./~-]*", text) else json.dumps(text, ensure_ascii=False)
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:.1f} KB"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} minutes"

@@ -1,0 +1,225 @@
+"""Writes `report.html` and `report.md` of a run: what was made, how good it is, and what shows it.
+
+Both are made from what stands in the run folder (manifests, metrics.json, recipe.yaml, the ledger), for whichever
+stages have run; nothing is computed anew and nothing is fetched. The page is one file: style and pictures are inside,
+and there is no script.
+
+    from hfscratch import reporting
+    reporting.write(Path("runs/pycode-tiny"))
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hfscratch import artifact
+from hfscratch.errors import UsageError
+from hfscratch.reporting import figures, formats
+
+KNOWN_ORDER = ("data", "tokenizer", "pretrain", "evaluate")
+"""The order in which artifacts are told; any other follows by the time it was made."""
+
+
+def write(out: Path) -> list[Path]:
+    """Writes both reports into the run folder and returns their paths. Raises: UsageError if nothing stands there."""
+    import jinja2
+
+    context = _context(out)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=lambda name: name is not None and ".html" in name,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= formats.FILTERS
+    written = []
+    for name in ("report.html", "report.md"):
+        path = out / name
+        artifact.write_text(path, environment.get_template(f"{name}.j2").render(context))
+        written.append(path)
+    return written
+
+
+def _context(out: Path) -> dict[str, Any]:
+    """What the templates show; a part that the run lacks is empty."""
+    manifests = _manifests(out)
+    if not manifests:
+        raise UsageError(f"{out} holds no artifact to report on; run a stage first")
+    recipe_path = out / "recipe.yaml"
+    recipe = recipe_path.read_text(encoding="utf-8") if recipe_path.is_file() else ""
+    training = _read_json(out / "pretrain" / "metrics.json", {})
+    measured = _read_json(out / "evaluate" / "metrics.json", {})
+    data = manifests.get("data", {}).get("metrics", {})
+    tokenizer = manifests.get("tokenizer", {}).get("metrics", {})
+    pretrain = manifests.get("pretrain", {}).get("metrics", {})
+    ledger = _ledger(out / "data" / "ledger.parquet")
+    history = training.get("history", [])
+    scores = measured.get("pretrain", {})
+    return {
+        "name": _recipe_name(recipe) or out.resolve().name,
+        "made_at": max(manifest["made_at"] for manifest in manifests.values()),
+        "summary": _summary(data, tokenizer, pretrain),
+        "tiles": _tiles(scores, pretrain, tokenizer),
+        "splits": _splits(data, tokenizer, scores),
+        "parses": scores.get("parses"),
+        "learning_curve": figures.learning_curve(history, scores.get("test", {}).get("bits_per_byte")),
+        "curve_points": _curve_points(history),
+        "loss_curve": figures.loss_curve(history),
+        "samples": _read_json(out / "evaluate" / "samples.json", []),
+        "training_samples": training.get("samples", []),
+        "plan": training.get("plan", []),
+        "data": data,
+        "fates": ledger["fates"]
+        or [{"fate": fate, "reason": "", "count": n} for fate, n in data.get("fates", {}).items()],
+        "document_sizes": figures.document_sizes(ledger["kept_sizes"]),
+        "tokenizer": tokenizer,
+        "pretrain": pretrain,
+        "proofs": [{"stage": stage, **proof} for stage, each in manifests.items() for proof in each.get("proofs", [])],
+        "timings": _timings(manifests),
+        "versions": _versions(manifests),
+        "artifacts": [
+            {"stage": stage, "size_bytes": sum(file["size_bytes"] for file in each["files"].values()), **each}
+            for stage, each in manifests.items()
+        ],
+        "recipe": recipe,
+    }
+
+
+def _manifests(out: Path) -> dict[str, dict[str, Any]]:
+    found = {}
+    for path in out.glob(f"*/{artifact.MANIFEST}"):
+        manifest = artifact.read_manifest(path.parent)
+        if manifest is not None:
+            found[path.parent.name] = manifest
+    known = [stage for stage in KNOWN_ORDER if stage in found]
+    others = sorted(found.keys() - set(known), key=lambda stage: found[stage]["made_at"])
+    return {stage: found[stage] for stage in (*known, *others)}
+
+
+def _read_json(path: Path, default: Any) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else default
+
+
+def _recipe_name(recipe: str) -> str | None:
+    import yaml
+
+    values = yaml.safe_load(recipe) if recipe else None
+    return values.get("name") if isinstance(values, dict) else None
+
+
+def _summary(data: Mapping[str, Any], tokenizer: Mapping[str, Any], pretrain: Mapping[str, Any]) -> str:
+    """The run in one sentence, as far as it has come."""
+    parts = []
+    if "documents" in data:
+        documents, size = sum(data["documents"].values()), sum(data["bytes"].values())
+        parts.append(f"{formats.count(documents)} documents ({formats.size(size)} of text)")
+    if "vocab_size" in tokenizer:
+        parts.append(f"a vocabulary of {formats.count(tokenizer['vocab_size'])}")
+    corpus = " and ".join(parts)
+    if "parameters" not in pretrain:
+        return f"{corpus}." if corpus else ""
+    model = f"A language model of {formats.count(pretrain['parameters'])} parameters"
+    return f"{model}, made from {corpus}." if corpus else f"{model}."
+
+
+def _tiles(
+    scores: Mapping[str, Any], pretrain: Mapping[str, Any], tokenizer: Mapping[str, Any]
+) -> list[dict[str, str]]:
+    """The headline figures: what was reached first, then what it took."""
+    tiles = []
+
+    def tile(label: str, value: str, note: str = "", kind: str = "") -> None:
+        tiles.append({"label": label, "value": value, "note": note, "kind": kind})
+
+    for split in ("test", "validation"):
+        if "bits_per_byte" in scores.get(split, {}):
+            size = formats.size(scores[split]["num_bytes"])
+            tile("bits per byte", formats.figure(scores[split]["bits_per_byte"]), f"{split}, {size}", "lead")
+    for split in ("test", "validation"):
+        if "perplexity" in scores.get(split, {}):
+            tile("perplexity", formats.figure(scores[split]["perplexity"]), f"{split}, per token")
+            break
+    if "parses" in scores:
+        parses = scores["parses"]
+        reference = parses.get("reference_share")
+        note = f"of {parses['num_samples']} samples"
+        if reference is not None:
+            note += f"; real text {formats.share(reference)}"
+        tile("parse as Python", formats.share(parses["share"]), note)
+    if "parameters" in pretrain:
+        tile("parameters", formats.count(pretrain["parameters"]), pretrain.get("precision", ""))
+    if "train_tokens" in pretrain:
+        corpus = tokenizer.get("tokens", {}).get("train")
+        times = f"{pretrain['train_tokens'] / corpus:.2g} × the train split" if corpus else ""
+        tile("training tokens", formats.count(pretrain["train_tokens"]), times)
+    if "train_seconds" in pretrain:
+        speed = f"{formats.count(round(pretrain['tokens_per_s']))} tokens/s" if "tokens_per_s" in pretrain else ""
+        tile("training time", formats.duration(pretrain["train_seconds"]), speed)
+    return tiles
+
+
+def _splits(data: Mapping[str, Any], tokenizer: Mapping[str, Any], scores: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row a split; what is not known of it is None."""
+    return [
+        {
+            "split": split,
+            "documents": documents,
+            "bytes": data.get("bytes", {}).get(split),
+            "tokens": tokenizer.get("tokens", {}).get(split),
+            "bytes_per_token": tokenizer.get("bytes_per_token", {}).get(split),
+            "bits_per_byte": scores.get(split, {}).get("bits_per_byte"),
+            "perplexity": scores.get(split, {}).get("perplexity"),
+        }
+        for split, documents in data.get("documents", {}).items()
+    ]
+
+
+def _curve_points(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The validations while training, at most a dozen, for the table of the text report."""
+    points = [entry for entry in history if "eval_loss" in entry]
+    step = max(1, -(-len(points) // 12))
+    return points[::-1][::step][::-1]
+
+
+def _ledger(path: Path) -> dict[str, Any]:
+    """What the ledger counts: documents and bytes by fate and reason, and the sizes of those that were kept."""
+    if not path.is_file():
+        return {"fates": [], "kept_sizes": []}
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path, columns=["fate", "reason", "size_bytes"])
+    grouped = table.group_by(["fate", "reason"]).aggregate([([], "count_all"), ("size_bytes", "sum")]).to_pylist()
+    fates = [
+        {"fate": row["fate"], "reason": row["reason"] or "", "count": row["count_all"], "bytes": row["size_bytes_sum"]}
+        for row in grouped
+    ]
+    fates.sort(key=lambda row: (row["fate"] != "kept", -row["count"]))
+    kept = table.filter(pc.equal(table["fate"], "kept"))["size_bytes"].drop_null().to_pylist()
+    return {"fates": fates, "kept_sizes": kept}
+
+
+def _timings(manifests: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Seconds by stage and step, each with its share of the longest, for the bars."""
+    rows = [
+        {"stage": stage, "step": step, "seconds": seconds}
+        for stage, manifest in manifests.items()
+        for step, seconds in manifest.get("timings_s", {}).items()
+    ]
+    longest = max((row["seconds"] for row in rows), default=0) or 1
+    return [row | {"percent": 100 * row["seconds"] / longest} for row in rows]
+
+
+def _versions(manifests: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Library versions; where stages were made with different ones, all of them."""
+    found: dict[str, list[str]] = {}
+    for manifest in manifests.values():
+        for package, version in manifest.get("versions", {}).items():
+            if version not in found.setdefault(package, []):
+                found[package].append(version)
+    return [{"package": package, "version": ", ".join(versions)} for package, versions in found.items()]

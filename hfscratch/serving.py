@@ -1,0 +1,315 @@
+"""Opens a model folder that may come from anywhere, and streams the text it writes.
+
+Opening is careful: no code of the folder runs unless the user says so, weights are read from safetensors only (a
+pickle could run code), and whatever is wrong with the folder becomes one sentence. Any causal model that transformers
+knows will do, ours included; adapters and encoder-decoder models are not covered.
+
+    model, tokenizer = load_model("runs/pycode-tiny")
+    for piece in stream(model, tokenizer, "def main(", seed=0):
+        ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hfscratch.errors import MachineError, UsageError
+
+logger = logging.getLogger(__name__)
+
+HUB_TIMEOUT_S = 10
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+# What the libraries raise at folders that are damaged one way or another.
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def load_model(folder_or_id: str | Path, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """The model, ready to generate, and its tokenizer.
+
+    Args:
+        folder_or_id: a model folder, a run folder (its `pretrain` is taken), or the name of a model on the Hub.
+        trust_remote_code: run the code that the folder brings along, if transformers does not know its model type.
+
+    Raises: UsageError for a folder that is not a usable causal model; MachineError if the Hub cannot be reached or
+    a library is missing.
+    """
+    import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    source, options = _locate(folder_or_id)
+    options["trust_remote_code"] = trust_remote_code
+    with _quiet():
+        with _reading(source, "config.json"):
+            if Path(source).is_dir():
+                _check_config_file(Path(source), trust_remote_code)
+            config = AutoConfig.from_pretrained(source, **options)
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not _brings_causal_code(config, trust_remote_code):
+            raise UsageError(f"{source} is of model type '{config.model_type}', which is not a causal language model")
+        if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and config.architectures:
+            causal = getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "__name__", "")
+            if causal and causal not in config.architectures:
+                raise UsageError(
+                    f"{source} holds a {config.architectures[0]}, which cannot write text; that takes a {causal}"
+                )
+        on_gpu = torch.cuda.is_available()
+        with _reading(source, "the weights (model.safetensors; other formats are not opened)"):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source,
+                config=config,
+                use_safetensors=True,
+                # Many processors multiply in bf16 far slower than in fp32, so a CPU always gets fp32.
+                dtype="auto" if on_gpu else torch.float32,
+                ignore_mismatched_sizes=True,  # so that it is we who say so, below
+                output_loading_info=True,
+                **options,
+            )
+        model, loading = loaded
+        unfilled = sorted(
+            str(key) for key in (*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"]))
+        )
+        if unfilled:
+            raise UsageError(
+                f"the weights of {source} lack {len(unfilled)} of the tensors that its config.json asks for, or have "
+                f"them in another shape ({unfilled[0]}); the two do not belong together"
+            )
+        if Path(source).is_dir() and not any((Path(source) / name).is_file() for name in _TOKENIZER_FILES):
+            raise UsageError(f"{source} has no tokenizer; put its tokenizer.json and tokenizer_config.json there")
+        with _reading(source, "the tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    rows = model.get_input_embeddings().weight.shape[0]
+    highest = max(tokenizer.get_vocab().values(), default=-1)
+    if not 0 <= highest < rows:
+        raise UsageError(
+            f"the tokenizer of {source} has ids up to {highest} and the model has {rows} embeddings; "
+            "they do not belong together"
+        )
+    return model.to("cuda" if on_gpu else "cpu").eval(), tokenizer
+
+
+def stream(
+    model: Any,
+    tokenizer: Any,
+    prompt: str = "",
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    seed: int | None = None,
+) -> Iterator[str]:
+    """Yields the continuation of `prompt` piece by piece, until the model ends the text or a limit is reached.
+
+    Args:
+        prompt: the text to continue; if empty, the model begins a text of its own.
+        max_new_tokens: the most tokens to add; fewer if the model's context is full before.
+        temperature: 0 takes the likeliest token every time.
+        top_p: draw from the likeliest tokens that together have this probability.
+        seed: the same seed gives the same text; None gives another one each time.
+
+    Raises: UsageError, before anything is generated, for values that cannot be or a prompt longer than the context.
+    """
+    if max_new_tokens < 1:
+        raise UsageError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
+    if temperature < 0:
+        raise UsageError(f"temperature is {temperature}; it must be 0 (the likeliest token) or more")
+    if not 0 < top_p <= 1:
+        raise UsageError(f"top_p is {top_p}; it must be above 0 and at most 1")
+    ids = prompt_ids(tokenizer, prompt)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and len(ids) >= context:
+        raise UsageError(f"the prompt has {len(ids)} tokens, and the model reads {context} at most; shorten the prompt")
+    if context is not None and len(ids) + max_new_tokens > context:
+        max_new_tokens = context - len(ids)
+        logger.warning("the text will stop after %d tokens, where the model's context is full", max_new_tokens)
+    choice: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        choice = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    return _stream(model, tokenizer, ids, seed, {"max_new_tokens": max_new_tokens, "num_beams": 1, **choice})
+
+
+def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """The prompt's token ids, behind the beginning-of-text token where the tokenizer has one.
+
+    Raises: UsageError for an empty prompt if the tokenizer has no token to begin a text with.
+    """
+    ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"] if prompt else []
+    begin = tokenizer.bos_token_id
+    if begin is None and not ids:
+        begin = tokenizer.eos_token_id
+        if begin is None:
+            raise UsageError("the tokenizer has no token that begins a text, so the prompt must not be empty")
+    if begin is not None and ids[:1] != [begin]:
+        ids = [begin, *ids]
+    return ids
+
+
+def _stream(model: Any, tokenizer: Any, ids: list[int], seed: int | None, settings: dict[str, Any]) -> Iterator[str]:
+    """Runs `generate` in a thread; its errors are raised here, and leaving the iterator early stops it."""
+    import torch
+    from transformers import StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer, set_seed
+
+    class Abandoned(StoppingCriteria):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+            return torch.full((input_ids.shape[0],), abandoned.is_set(), device=input_ids.device, dtype=torch.bool)
+
+    inputs = torch.tensor([ids], device=model.device)  # (1, prompt)
+    streamer = TextIteratorStreamer(
+        tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    ends = _end_token_ids(model, tokenizer)
+    pad = next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), ids[0])
+    abandoned = threading.Event()
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            if seed is not None:
+                set_seed(seed)
+            model.generate(
+                inputs,
+                attention_mask=torch.ones_like(inputs),
+                streamer=streamer,
+                stopping_criteria=StoppingCriteriaList([Abandoned()]),
+                eos_token_id=ends or None,
+                pad_token_id=pad,
+                **settings,
+            )
+        except BaseException as error:  # handed to the reader, who would otherwise wait for ever
+            failures.append(error)
+            streamer.end()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        for piece in streamer:
+            if piece:
+                yield piece
+    finally:
+        abandoned.set()
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+def _end_token_ids(model: Any, tokenizer: Any) -> list[int]:
+    """The ids that end a text, by the model's generation settings and by the tokenizer."""
+    ends = model.generation_config.eos_token_id
+    found = set(ends if isinstance(ends, list) else [ends]) | {tokenizer.eos_token_id}
+    return sorted(token for token in found if token is not None)
+
+
+def _locate(folder_or_id: str | Path) -> tuple[str, dict[str, Any]]:
+    """Where to load from, and the options for it."""
+    path = Path(folder_or_id)
+    if path.is_dir():
+        if not (path / "config.json").is_file() and (path / "pretrain" / "config.json").is_file():
+            path = path / "pretrain"
+        if (path / "adapter_config.json").is_file():
+            raise UsageError(f"{path} holds an adapter, not a whole model; merge it into its base model first")
+        if not (path / "config.json").is_file():
+            raise UsageError(f"{path} is not a model folder: it has no config.json")
+        return str(path), {"local_files_only": True}
+    if path.exists():
+        raise UsageError(f"{path} is a file; give the folder that holds the model")
+    if not _HUB_ID.fullmatch(str(folder_or_id)):
+        raise UsageError(f"there is no model folder at {folder_or_id}")
+    return str(folder_or_id), {"local_files_only": not _hub_has(str(folder_or_id))}
+
+
+def _hub_has(name: str) -> bool:
+    """True if the Hub has the model, False if the Hub is out of reach but the model is in the local cache.
+
+    Asked once and without retries, because loading would try six times over half a minute.
+
+    Raises: UsageError if the Hub does not have it (or not for us); MachineError if nobody can say.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        huggingface_hub.model_info(name, timeout=HUB_TIMEOUT_S)
+    except GatedRepoError:
+        raise UsageError(f"{name} on the Hub asks for permission; request it there, then run `hf auth login`") from None
+    except RepositoryNotFoundError:
+        raise UsageError(f"there is no folder {name} here and no public model of that name on the Hub") from None
+    except Exception as error:  # whatever the network layer raises: no route, no name, timeout, proxy, offline mode
+        if isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
+            logger.warning("the Hub cannot be reached; using the copy of %s in the local cache", name)
+            return False
+        raise MachineError(
+            f"there is no folder {name} here, and the Hub cannot be reached to look for a model of that name"
+        ) from error
+    return True
+
+
+def _check_config_file(folder: Path, trust_remote_code: bool) -> None:
+    """What transformers would say at length, or ask on the terminal. Raises: UsageError."""
+    from transformers import CONFIG_MAPPING, __version__
+
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    model_type = values.get("model_type") if isinstance(values, dict) else None
+    if not isinstance(model_type, str):
+        raise UsageError(f"{folder}/config.json names no model_type, so it is not the config of a model")
+    if model_type in CONFIG_MAPPING:
+        return
+    if not values.get("auto_map"):
+        raise UsageError(f"{folder} is of model type '{model_type}', which transformers {__version__} does not know")
+    if not trust_remote_code:
+        raise UsageError(
+            f"{folder} needs its own Python code to run (model type '{model_type}'); read that code, and pass "
+            "--trust-remote-code if you trust it"
+        )
+
+
+def _brings_causal_code(config: Any, trust_remote_code: bool) -> bool:
+    return trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+
+
+@contextlib.contextmanager
+def _reading(source: str, what: str) -> Iterator[None]:
+    """Turns what the libraries raise at a damaged or incomplete folder into one sentence."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except ImportError as error:
+        raise MachineError(f"{source} needs a library that is missing: {_first_line(error)}") from error
+    except (*_DAMAGE, StrictDataclassError, SafetensorError) as error:
+        if "trust_remote_code=True" in str(error):
+            raise UsageError(
+                f"{source} needs its own Python code to run; read that code, and pass --trust-remote-code if you trust "
+                "it"
+            ) from error
+        raise UsageError(f"{source}: {what} cannot be read: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    """The telling part of a message: its first line, or the second if the first only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines or isinstance(error, KeyError):
+        return f"{type(error).__name__} {error}"
+    return lines[1] if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps transformers' own reports and bars off the terminal while a model loads."""
+    from transformers.utils import logging as transformers_logging
+
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

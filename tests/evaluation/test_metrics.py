@@ -1,0 +1,80 @@
+"""Our `evaluate` modules, loaded by path as a user loads them."""
+
+from __future__ import annotations
+
+import os
+
+import evaluate
+import pytest
+
+from hfscratch.errors import UsageError
+from hfscratch.evaluation import causal_model, metric_path
+from hfscratch.evaluation.likelihood import score_texts
+from tests.evaluation.small_model import TEXT, make_model, make_tokenizer, save
+
+TEXTS = [TEXT, "x = 1\n", "naïve", TEXT[:70]]
+NAMES = ("bits_per_byte", "perplexity")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    tokenizer = make_tokenizer()
+    return save(tmp_path_factory.mktemp("model"), make_model(tokenizer), tokenizer)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_metric_gives_the_figures_of_one_scoring_pass(name, folder):
+    model, tokenizer = causal_model.resolve(folder)
+    expected = score_texts(model, tokenizer, TEXTS)
+    metric = evaluate.load(metric_path(name))
+    result = metric.compute(predictions=TEXTS, model=model, tokenizer=tokenizer)
+    assert result == {
+        name: getattr(expected, name),
+        "num_bytes": sum(len(text.encode()) for text in TEXTS),
+        "num_tokens": expected.num_scored_once,
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_metric_does_not_depend_on_the_batch_size(name, folder):
+    metric = evaluate.load(metric_path(name))
+    figures = [metric.compute(predictions=TEXTS, model=str(folder), batch_tokens=n)[name] for n in (1, 50, 10_000)]
+    assert figures == pytest.approx([figures[0]] * 3, rel=1e-5)
+
+
+def test_batches_added_one_by_one_count_together(folder):
+    metric = evaluate.load(metric_path("bits_per_byte"))
+    at_once = metric.compute(predictions=TEXTS, model=str(folder))
+    for text in TEXTS:
+        metric.add_batch(predictions=[text])
+    assert metric.compute(model=str(folder)) == at_once
+
+
+def test_a_model_given_by_path_is_loaded_once_for_all_metrics_and_calls(folder):
+    causal_model._model.cache_clear()
+    for name in NAMES:
+        metric = evaluate.load(metric_path(name))
+        for _ in range(2):
+            metric.compute(predictions=TEXTS, model=str(folder))
+    assert causal_model._model.cache_info().misses == 1
+    assert causal_model._model.cache_info().hits == 3
+
+
+def test_a_model_that_was_trained_anew_is_loaded_anew(folder):
+    before = causal_model.resolve(folder)[0]
+    later = (folder / "model.safetensors").stat().st_mtime + 5
+    os.utime(folder / "model.safetensors", (later, later))
+    assert causal_model.resolve(folder)[0] is not before
+
+
+def test_a_metric_names_what_it_lacks(folder, tmp_path):
+    metric = evaluate.load(metric_path("perplexity"))
+    with pytest.raises(UsageError, match="no causal model could be loaded"):
+        metric.compute(predictions=TEXTS, model=str(tmp_path))
+    with pytest.raises(UsageError, match="tokenizer="):
+        metric.compute(predictions=TEXTS, model=causal_model.resolve(folder)[0])
+
+
+def test_an_unknown_metric_is_answered_with_those_that_exist():
+    with pytest.raises(UsageError, match="there are bits_per_byte, perplexity"):
+        metric_path("bits")

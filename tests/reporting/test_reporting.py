@@ -1,0 +1,295 @@
+"""Reports of run folders that the real `Workspace` published, whole and in part."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import math
+import re
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from hfscratch import reporting
+from hfscratch.artifact import Proof, Workspace, write_json
+from hfscratch.errors import UsageError
+from hfscratch.reporting import figures, formats
+
+FATES = [("kept", None, 900 + 37 * i) for i in range(60)] + [("dropped", "shorter than 20 characters", 7)] * 4
+HISTORY = [
+    {"step": step, "tokens": step * 1024, "loss": 8 - step / 50, "bits_per_byte": 4 - step / 100, "learning_rate": 1e-3}
+    for step in range(10, 201, 10)
+] + [{"step": 100, "tokens": 102_400, "eval_loss": 5.5, "eval_bits_per_byte": 2.75}]
+SCORES = {
+    "validation": {"bits_per_byte": 1.9712, "perplexity": 104.31, "num_bytes": 402_112, "num_tokens": 118_284},
+    "test": {"bits_per_byte": 1.8731, "perplexity": 82.77, "num_bytes": 371_204, "num_tokens": 109_197},
+    "parses": {
+        "share": 0.315,
+        "reference_share": 0.2778,
+        "num_samples": 200,
+        "num_references": 18,
+        "num_tokens": 64,
+        "temperature": 0.8,
+        "top_p": 0.95,
+        "seed": 0,
+    },
+}
+SAMPLES = [
+    {"prompt": "", "text": "if a < b and b > c:\n    <script>alert('x')</script>\n"},
+    {"prompt": "class Foo(", "text": "object):\n    '''```\n    fence\n    ```'''\n"},
+]
+
+
+def publish(out, stage, fill, **manifest):
+    workspace = Workspace(out, stage, key="k")
+    with workspace.staging() as folder:
+        fill(folder)
+        workspace.publish(folder, section={}, inputs={}, **manifest)
+
+
+def publish_data(out):
+    def fill(folder):
+        fates, reasons, sizes = zip(*FATES, strict=True)
+        pq.write_table(pa.table({"fate": fates, "reason": reasons, "size_bytes": sizes}), folder / "ledger.parquet")
+
+    metrics = {
+        "documents": {"train": 55, "validation": 3, "test": 2},
+        "bytes": {"train": 11_843_212, "validation": 402_112, "test": 371_204},
+        "fates": {"kept": 60, "dropped": 4},
+        "input_documents": 64,
+    }
+    proof = Proof("no document is in two splits", True, "60 documents | 60 digests")
+    publish(out, "data", fill, metrics=metrics, proofs=[proof], timings={"read": 3.2})
+
+
+def publish_tokenizer(out):
+    metrics = {
+        "vocab_size": 4096,
+        "tokens": {"train": 3_412_332, "validation": 118_322},
+        "bytes_per_token": {"train": 3.47},
+    }
+    publish(out, "tokenizer", lambda folder: (folder / "tokenizer.json").write_text("{}"), metrics=metrics)
+
+
+def publish_pretrain(out, history=HISTORY):
+    plan = [["precision", "fp32, because this processor has no fast bf16"]]
+    training = {"history": history, "samples": [{"step": 100, "text": "the <the> the"}], "plan": plan}
+    metrics = {"parameters": 7_341_056, "train_tokens": 1_000_448, "tokens_per_s": 5301.2, "train_seconds": 188.7}
+    publish(
+        out,
+        "pretrain",
+        lambda folder: write_json(folder / "metrics.json", training),
+        metrics=metrics | {"precision": "fp32", "predicted_seconds": 186.0},
+        timings={"train": 188.7},
+    )
+
+
+def publish_evaluate(out):
+    def fill(folder):
+        write_json(folder / "metrics.json", {"pretrain": SCORES})
+        write_json(folder / "samples.json", SAMPLES)
+
+    publish(out, "evaluate", fill, metrics={"pretrain": SCORES}, timings={"score test": 13.1})
+
+
+@pytest.fixture
+def out(tmp_path):
+    run = tmp_path / "runs" / "some-run"
+    for make in (publish_data, publish_tokenizer, publish_pretrain, publish_evaluate):
+        make(run)
+    (run / "recipe.yaml").write_text("name: pycode-tiny\nout: runs/pycode-tiny\nseed: 0\n")
+    return run
+
+
+class Page(html.parser.HTMLParser):
+    """Checks that elements close in order, and keeps their attributes and text."""
+
+    VOID = ("meta", "br", "link", "img", "hr")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.attributes, self.tags, self.text = [], [], [], ""
+        self.feed(text)
+        self.close()
+        assert not self.open, f"never closed: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open[-1] == tag, f"</{tag}> closes <{self.open[-1:]}>"
+        self.open.pop()
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data):
+        if self.open[-1:] != ["style"]:
+            self.text += data
+
+
+def write(out):
+    page, text = reporting.write(out)
+    assert (page.name, text.name) == ("report.html", "report.md")
+    return page.read_text(), text.read_text()
+
+
+def test_the_page_is_one_file_without_network_or_script(out):
+    page = Page(write(out)[0])
+    assert "script" not in page.tags
+    fetched = [value for name, value in page.attributes if name in ("src", "href", "srcset", "data", "xlink:href")]
+    assert all(value.startswith("#") for value in fetched), fetched
+    assert not re.search(r"@import|url\((?!#)", write(out)[0])
+
+
+def test_ids_are_unique_so_that_pictures_do_not_borrow_from_each_other(out):
+    page = Page(write(out)[0])
+    ids = [value for name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids)) > 10
+    used = {value[1:] for name, value in page.attributes if name == "xlink:href"}
+    assert used and used <= set(ids)
+
+
+def test_the_headline_figures_are_there_in_both_reports(out):
+    for report in write(out):
+        for figure in ("1.873", "1.971", "82.77", "31.5 %", "7.34 M", "3 min 9 s", "5,301 tokens/s", "pycode-tiny"):
+            assert figure in report, figure
+
+
+def test_everything_that_was_recorded_is_told(out):
+    for report in write(out):
+        for told in (
+            "shorter than 20 characters",
+            "no document is in two splits",
+            "because this processor has no fast bf16",
+            "where 3 min 6 s were predicted",
+            "after 100 steps",
+            "score test",
+            "transformers",
+            "seed: 0",
+            "3.41 M",
+        ):
+            assert told.lower() in report.lower(), told
+
+
+def test_what_the_model_writes_is_shown_and_not_obeyed(out):
+    page, text = write(out)
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+    assert SAMPLES[0]["text"].strip() in Page(page).text
+    assert "<mark>class Foo(</mark>object):" in page
+    assert "````\n" + SAMPLES[1]["text"].rstrip() + "\n````" in text, "backticks in a sample close its block"
+
+
+def test_table_cells_stay_in_their_column(out):
+    text = write(out)[1]
+    assert r"60 documents \| 60 digests" in text
+    for block in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE):
+        widths = {len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}
+        assert len(widths) == 1, block
+
+
+def test_a_report_depends_on_the_run_alone(out):
+    first = write(out)
+    assert write(out) == first
+    assert all(str(out) not in report for report in first), "a run folder can be moved"
+
+
+def test_pictures_follow_the_colours_and_the_font_of_the_page(out):
+    page = write(out)[0]
+    for color in figures.CSS_COLORS:
+        assert color not in page
+    assert {"var(--first)", "var(--second)", "var(--muted)", "var(--rule)"} <= set(re.findall(r"var\(--\w+\)", page))
+    assert "DejaVu Sans'" not in page
+    assert page.count('<svg class="wide"') == page.count('<svg class="narrow"') == 2
+
+
+PARTS = {
+    "data": publish_data,
+    "tokenizer": publish_tokenizer,
+    "pretrain": publish_pretrain,
+    "evaluate": publish_evaluate,
+}
+
+
+@pytest.mark.parametrize(
+    "stages", [("data",), ("data", "tokenizer"), ("pretrain",), ("evaluate",), ("pretrain", "evaluate")]
+)
+def test_a_report_tells_as_much_as_there_is(tmp_path, stages):
+    for stage in stages:
+        PARTS[stage](tmp_path)
+    page, text = write(tmp_path)
+    assert tmp_path.name in Page(page).text
+    assert ("1.873" in text) == ("evaluate" in stages)
+    assert ("7.34 M" in text) == ("pretrain" in stages)
+    assert ("shorter than 20" in text) == ("data" in stages)
+    assert ("How it learned" in page) == ("pretrain" in stages)
+
+
+def test_an_artifact_of_a_later_stage_is_listed_too(out):
+    publish(out, "export", lambda folder: (folder / "model.onnx").write_bytes(b"0" * 2048), timings={"trace": 4.0})
+    page, text = write(out)
+    assert "export/" in page and "| export/ | 2.05 kB |" in text
+    assert "trace" in page
+
+
+def test_a_run_without_artifacts_has_no_report(tmp_path):
+    with pytest.raises(UsageError, match="holds no artifact"):
+        reporting.write(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_training_without_bits_per_byte_shows_its_loss(tmp_path):
+    history = [{key: value for key, value in entry.items() if "bits" not in key} for entry in HISTORY]
+    publish_pretrain(tmp_path, history)
+    page, text = write(tmp_path)
+    assert "Training loss in nats" in page
+    assert "| 100 | 102,400 | 5.500 |\n" in text
+
+
+def test_a_training_of_a_single_point_or_of_none_is_drawn(tmp_path):
+    for history in ([], HISTORY[:1], HISTORY[-1:], [{**HISTORY[0], "loss": math.inf, "bits_per_byte": 3.0}]):
+        publish_pretrain(tmp_path, history)
+        Page(write(tmp_path)[0])
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (formats.count(4096), "4,096"),
+        (formats.count(999_999), "999,999"),
+        (formats.count(7_341_056), "7.34 M"),
+        (formats.count(1_234_567_890), "1.23 B"),
+        (formats.count(345_678_901), "346 M"),
+        (formats.figure(1.8731), "1.873"),
+        (formats.figure(82.771), "82.77"),
+        (formats.figure(4231.24), "4,231.2"),
+        (formats.share(0), "0 %"),
+        (formats.share(0.2778), "27.8 %"),
+        (formats.share(1), "100 %"),
+        (formats.size(512), "512 bytes"),
+        (formats.size(11_843_212), "11.8 MB"),
+        (formats.size(235_000_000), "235 MB"),
+        (formats.duration(0.44), "0.4 s"),
+        (formats.duration(59.7), "1 min"),
+        (formats.duration(188.7), "3 min 9 s"),
+        (formats.duration(7500), "2 h 5 min"),
+        (formats.tick(200_000), "200 k"),
+        (formats.tick(1_500_000), "1.5 M"),
+    ],
+)
+def test_numbers_are_written_for_people(written, expected):
+    assert written == expected
+
+
+def test_no_figure_is_lost_between_metrics_and_tiles(out):
+    scores = json.loads((out / "evaluate" / "metrics.json").read_text())["pretrain"]
+    tiles = reporting._context(out)["tiles"]
+    assert [tile["value"] for tile in tiles if tile["label"] == "bits per byte"] == [
+        formats.figure(scores[split]["bits_per_byte"]) for split in ("test", "validation")
+    ]

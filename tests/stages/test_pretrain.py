@@ -1,0 +1,271 @@
+"""pretrain: trains for real, goes on after a kill, and publishes a plain Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from hfscratch import artifact, pipeline
+from hfscratch.errors import DataError, UsageError
+from tests.conftest import cli, load
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture
+def run_folder(finished_run, tmp_path) -> Path:
+    """A copy of a finished run without its model: everything that `pretrain` reads."""
+    shutil.copytree(finished_run / "run", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "pretrain")
+    shutil.rmtree(tmp_path / "run" / "evaluate")
+    shutil.copy(finished_run / "tiny.yaml", tmp_path / "tiny.yaml")
+    return tmp_path
+
+
+def pretrain(folder: Path, *overrides: str) -> dict:
+    """Trains in this process; returns the manifest's metrics and the history."""
+    recipe = load(folder / "tiny.yaml", f"out={folder / 'run'}", *overrides)
+    pipeline.run(recipe, ["pretrain"])
+    manifest = artifact.read_manifest(folder / "run" / "pretrain")
+    return {**manifest["metrics"], **json.loads((folder / "run" / "pretrain" / "metrics.json").read_text())}
+
+
+def start(folder: Path, *overrides: str, **kwargs) -> subprocess.Popen:
+    command = [sys.executable, "-m", "hfscratch", "pretrain", folder / "tiny.yaml", f"out={folder / 'run'}", *overrides]
+    return subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
+    )
+
+
+def wait_for_checkpoint(folder: Path, process: subprocess.Popen, timeout_s: float = 120) -> Path:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        found = sorted((folder / "run" / ".work" / "pretrain").glob("*/checkpoint-*"))
+        if found:
+            return found[-1]
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    raise AssertionError("no checkpoint appeared")
+
+
+def test_the_published_folder_opens_in_the_auto_classes_and_has_learnt(finished_run):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import pipeline as hf_pipeline
+
+    folder = finished_run / "run" / "pretrain"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert type(model).__name__ == "ScratchForCausalLM"
+    assert model.config.use_cache is True
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    text = hf_pipeline("text-generation", model=model, tokenizer=tokenizer)("import ", max_new_tokens=5)
+    assert text[0]["generated_text"].startswith("import ")
+    history = json.loads((folder / "metrics.json").read_text())["history"]
+    losses = [row["loss"] for row in history if "loss" in row]
+    assert losses[-1] < losses[0] - 0.5
+    assert all(proof["holds"] for proof in artifact.read_manifest(folder)["proofs"])
+
+
+def test_nothing_that_is_published_is_a_pickle(finished_run):
+    names = {path.name for path in (finished_run / "run").rglob("*") if ".work" not in path.parts}
+    assert not {name for name in names if name.endswith((".bin", ".pt", ".pth", ".pkl"))}
+    assert {"model.safetensors", "modeling_scratch.py", "configuration_scratch.py"} <= names
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        (
+            "{type: llama, num_hidden_layers: 1, hidden_size: 32, num_attention_heads: 2, intermediate_size: 64}",
+            "LlamaForCausalLM",
+        ),
+        ("{type: qwen3, depth: 1, hidden_size: 32, num_attention_heads: 2}", "Qwen3ForCausalLM"),
+        ("{type: gpt2, n_layer: 1, hidden_size: 32, n_head: 2}", "GPT2LMHeadModel"),
+    ],
+)
+def test_a_stock_type_trains_by_the_same_recipe_and_saves_a_stock_checkpoint(run_folder, model, name):
+    from transformers import AutoModelForCausalLM
+
+    metrics = pretrain(run_folder, f"model={model}", "pretrain.max_steps=12")
+    folder = run_folder / "run" / "pretrain"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == [name]
+    assert "auto_map" not in config
+    assert not list(folder.glob("*.py"))
+    assert type(AutoModelForCausalLM.from_pretrained(folder)).__name__ == name
+    losses = [row["loss"] for row in metrics["history"] if "loss" in row]
+    assert losses[-1] < losses[0]
+
+
+def test_a_type_that_has_no_causal_model_is_refused_before_any_work(run_folder):
+    with pytest.raises(UsageError, match="no causal language model"):
+        pretrain(run_folder, "model={type: vit}")
+    assert not (run_folder / "run" / "pretrain").exists()
+
+
+def test_killed_training_goes_on_from_its_last_checkpoint(run_folder):
+    overrides = ["pretrain.max_steps=200", "pretrain.eval_steps=10", "pretrain.save_steps=10"]
+    process = start(run_folder, *overrides)
+    wait_for_checkpoint(run_folder, process)
+    process.kill()
+    process.wait()
+    assert not (run_folder / "run" / "pretrain").exists()
+    process = start(run_folder, *overrides)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert "going on from step" in errors
+    history = json.loads((run_folder / "run" / "pretrain" / "metrics.json").read_text())["history"]
+    steps = [row["step"] for row in history if "eval_loss" in row]
+    assert steps == list(range(10, 201, 10))
+    assert not list((run_folder / "run" / ".work" / "pretrain").glob("*/checkpoint-*"))
+
+
+def test_a_resumed_run_reads_the_same_rows_and_ends_at_the_same_loss(run_folder, tmp_path):
+    """Cut at step 20 of 40, then gone on with: the curve is that of the run that was never cut."""
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copytree(run_folder / "run", other / "run")
+    shutil.copy(run_folder / "tiny.yaml", other / "tiny.yaml")
+    overrides = [
+        "pretrain.max_steps=40",
+        "pretrain.eval_steps=10",
+        "pretrain.save_steps=10",
+        "pretrain.logging_steps=1",
+    ]
+    whole = pretrain(run_folder, *overrides)
+    process = start(other, *overrides)
+    wait_for_checkpoint(other, process)
+    process.kill()
+    process.wait()
+    resumed = pretrain(other, *overrides)
+    for one, two in zip(whole["history"], resumed["history"], strict=True):
+        assert one["step"] == two["step"]
+        assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
+
+
+def test_sigterm_saves_a_checkpoint_and_exits_143(run_folder):
+    process = start(run_folder, "pretrain.max_steps=2000", "pretrain.eval_steps=50", "pretrain.save_steps=50")
+    first = wait_for_checkpoint(run_folder, process)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 143
+    assert "stopped by SIGTERM after step" in errors
+    assert "Traceback" not in errors
+    saved = sorted(first.parent.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))[-1]
+    assert f"after step {saved.name.split('-')[1]}" in errors
+
+
+def test_a_changed_recipe_does_not_go_on_from_the_old_recipes_checkpoint(run_folder):
+    process = start(run_folder, "pretrain.max_steps=2000", "pretrain.eval_steps=10", "pretrain.save_steps=10")
+    wait_for_checkpoint(run_folder, process)
+    process.kill()
+    process.wait()
+    metrics = pretrain(run_folder, "pretrain.max_steps=12", "pretrain.learning_rate=0.001")
+    assert metrics["steps"] == 12
+    assert metrics["history"][0]["step"] == 1
+
+
+def test_training_stops_early_when_validation_stops_improving_and_keeps_the_best(run_folder):
+    metrics = pretrain(
+        run_folder,
+        "pretrain.max_steps=400",
+        "pretrain.eval_steps=5",
+        "pretrain.save_steps=5",
+        "pretrain.early_stopping_patience=2",
+        "pretrain.learning_rates={matrix: 0.05, embedding: 0.5, head: 0.5, rest: 0.05}",
+    )
+    assert metrics["steps"] < 400
+    validated = {row["step"]: row["eval_loss"] for row in metrics["history"] if "eval_loss" in row}
+    assert metrics["published_step"] == min(validated, key=validated.get)
+
+
+def test_without_a_validation_split_it_trains_without_validation(run_folder):
+    for path in (run_folder / "run" / "tokenizer" / "tokens").glob("validation-*"):
+        path.unlink()
+    manifest_path = run_folder / "run" / "tokenizer" / "manifest.json"
+    manifest = json.loads(manifest_path.read_text())
+    manifest["files"] = {name: entry for name, entry in manifest["files"].items() if "validation" not in name}
+    manifest_path.write_text(json.dumps(manifest))
+    metrics = pretrain(run_folder, "pretrain.max_steps=10")
+    assert not any("eval_loss" in row for row in metrics["history"])
+
+
+def test_accumulated_small_batches_train_as_one_large_batch_does(run_folder, tmp_path, monkeypatch):
+    from hfscratch.training import batch
+
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copytree(run_folder / "run", other / "run")
+    shutil.copy(run_folder / "tiny.yaml", other / "tiny.yaml")
+    overrides = ["pretrain.max_steps=15", "pretrain.logging_steps=1"]
+    whole = pretrain(run_folder, *overrides)
+    monkeypatch.setattr(batch, "MAX_CPU_TOKENS", 64)
+    pieces = pretrain(other, *overrides)
+    assert "1 rows × 4 accumulated" in dict(pieces["plan"])["tokens"]
+    for one, two in zip(whole["history"], pieces["history"], strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=2e-2)
+
+
+def test_a_corpus_smaller_than_one_row_is_named(run_folder):
+    with pytest.raises(DataError, match="fewer than one row"):
+        pretrain(run_folder, "pretrain.sequence_length=9999990", "pretrain.batch_tokens=9999990")
+
+
+def test_contradictory_arguments_are_one_sentence_before_any_work(run_folder):
+    done = cli(
+        "pretrain",
+        run_folder / "tiny.yaml",
+        f"out={run_folder / 'run'}",
+        "pretrain.save_steps=7",
+        "pretrain.eval_steps=5",
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "save" in done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two processes need two GPUs, or none")
+def test_two_processes_really_train_under_deepspeed_zero_2(run_folder):
+    """The shipped configuration, launched as the README says; the model must come out of two ranks' gradients."""
+    pytest.importorskip("deepspeed")
+    recipe, out = run_folder / "tiny.yaml", run_folder / "run"
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        ROOT / "accelerate_configs" / "zero2.yaml",
+    ]
+    command = [*launch, "-m", "hfscratch", "pretrain", recipe, f"out={out}", "pretrain.max_steps=24"]
+    env = {**os.environ, "DS_ACCELERATOR": "cpu"} if not torch.cuda.is_available() else dict(os.environ)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=400, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    manifest = artifact.read_manifest(out / "pretrain")
+    assert manifest["metrics"]["processes"] == 2
+    assert "DeepSpeed" in done.stderr + done.stdout
+    two = json.loads((out / "pretrain" / "metrics.json").read_text())["history"]
+    shutil.rmtree(out / "pretrain")
+    one = pretrain(run_folder, "pretrain.max_steps=24")["history"]
+    for ours, theirs in zip(one, two, strict=True):
+        if "loss" in ours:
+            assert theirs["loss"] == pytest.approx(ours["loss"], rel=2e-2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="three processes need three GPUs, or none")
+def test_a_batch_that_does_not_divide_over_the_processes_is_refused_with_the_nearest_that_does(run_folder):
+    pytest.importorskip("deepspeed")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "3", "-m", "hfscratch"]
+    command = [*launch, "pretrain", run_folder / "tiny.yaml", f"out={run_folder / 'run'}"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=200)
+    assert done.returncode != 0
+    assert "4 rows do not divide over 3 processes; the nearest value that does is 192" in done.stderr
+    assert 'Traceback (most recent call last):\n  File "' + str(ROOT) not in done.stderr

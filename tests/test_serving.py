@@ -1,0 +1,268 @@
+"""Model folders of every kind of damage, and streams compared with `generate`."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import pytest
+import torch
+
+from hfscratch.errors import HfscratchError, MachineError, UsageError
+from hfscratch.serving import load_model, prompt_ids, stream
+from tests.evaluation.small_model import CONTEXT, make_model, make_tokenizer, save
+
+FOREIGN_CODE = """
+from pathlib import Path
+Path({trace!r}).touch()
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast as Tokenizer
+class Config(LlamaConfig):
+    model_type = "foreign"
+class Model(LlamaForCausalLM):
+    config_class = Config
+"""
+AUTO_MAP = {"AutoConfig": "foreign.Config", "AutoModelForCausalLM": "foreign.Model"}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return make_model(tokenizer)
+
+
+@pytest.fixture
+def folder(tmp_path, model, tokenizer):
+    return save(tmp_path / "model", model, tokenizer)
+
+
+def edit(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def damage_config(folder, **values):
+    edit(folder / "config.json", **values)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+
+
+@pytest.mark.parametrize("model_type", ["scratch", "llama", "gpt2"])
+def test_a_loaded_model_gives_the_logits_of_the_saved_one(tmp_path, tokenizer, model_type):
+    model = make_model(tokenizer, model_type)
+    folder = save(tmp_path, model, tokenizer)
+    loaded, loaded_tokenizer = load_model(folder)
+    ids = torch.tensor([prompt_ids(loaded_tokenizer, "def add")])
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=0)
+    assert loaded_tokenizer.get_vocab() == tokenizer.get_vocab()
+    assert not loaded.training
+
+
+def test_a_run_folder_stands_for_the_model_inside_it(tmp_path, model, tokenizer):
+    save(tmp_path / "run" / "pretrain", model, tokenizer)
+    loaded, _ = load_model(str(tmp_path / "run"))
+    assert loaded.num_parameters() == model.num_parameters()
+
+
+DAMAGES = {
+    "no config": (lambda f: (f / "config.json").unlink(), "is not a model folder: it has no config.json"),
+    "broken config": (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read"),
+    "binary config": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), "config.json cannot be read"),
+    "not a config": (lambda f: (f / "config.json").write_text("[1]"), "names no model_type"),
+    "unknown type": (lambda f: damage_config(f, model_type="weird"), "'weird', which transformers .* does not know"),
+    "impossible shape": (lambda f: damage_config(f, num_attention_heads=7), "config.json cannot be read: .*heads"),
+    "wrong type": (lambda f: damage_config(f, hidden_size="x"), "config.json cannot be read: .*hidden_size"),
+    "encoder-decoder": (lambda f: damage_config(f, model_type="t5"), "'t5', which is not a causal language model"),
+    "headless": (lambda f: damage_config(f, architectures=["LlamaModel"]), "holds a LlamaModel, which cannot write"),
+    "another shape": (lambda f: damage_config(f, intermediate_size=80), "in another shape"),
+    "missing tensors": (lambda f: damage_config(f, num_hidden_layers=3), "lack 9 of the tensors"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "the weights .* cannot be read"),
+    "broken weights": (lambda f: (f / "model.safetensors").write_bytes(b"abc" * 99), "the weights .* cannot be read"),
+    "a pickle": (
+        lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+        r"model.safetensors; other formats are not opened\) cannot be read",
+    ),
+    "no tokenizer": (lambda f: [p.unlink() for p in f.glob("tokenizer*")], "has no tokenizer"),
+    "broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), "the tokenizer cannot be read"),
+    "another tokenizer": (lambda f: make_tokenizer(310).save_pretrained(f), "they do not belong together"),
+    "an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "holds an adapter"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_folder_is_answered_with_one_sentence(folder, damage, capfd):
+    spoil, message = DAMAGES[damage]
+    spoil(folder)
+    with pytest.raises(UsageError, match=message) as caught:
+        load_model(folder)
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+    output = capfd.readouterr()
+    assert output.out + output.err == "", "transformers wrote a report of its own"
+
+
+def test_a_missing_library_is_the_machines_fault(folder):
+    damage_config(folder, quantization_config={"quant_method": "aqlm"})
+    with pytest.raises(MachineError, match="needs a library that is missing"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("name", ["./nope", "nope/nope/nope", "", "-x"])
+def test_what_is_neither_folder_nor_name_is_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"no model folder|is not a model folder"):
+        load_model(name)
+
+
+def test_a_file_is_refused(folder):
+    with pytest.raises(UsageError, match="is a file"):
+        load_model(folder / "config.json")
+
+
+def test_a_hub_name_without_network_is_the_machines_fault():
+    with pytest.raises(MachineError, match="the Hub cannot be reached"):
+        load_model("hfscratch-tests/there-is-no-such-model")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Foreign code
+
+
+@pytest.fixture
+def foreign(folder, tmp_path):
+    trace = tmp_path / "foreign-code-ran"
+    (folder / "foreign.py").write_text(FOREIGN_CODE.format(trace=str(trace)))
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text(FOREIGN_CODE.format(trace=str(trace)) + "generate = print")
+    return folder, trace
+
+
+def test_foreign_code_is_refused_and_not_run(foreign):
+    folder, trace = foreign
+    damage_config(folder, model_type="foreign", auto_map=AUTO_MAP)
+    with pytest.raises(UsageError, match=r"needs its own Python code .* --trust-remote-code"):
+        load_model(folder)
+    assert not trace.exists()
+
+
+def test_foreign_tokenizer_code_is_refused_and_not_run(foreign):
+    folder, trace = foreign
+    edit(
+        folder / "tokenizer_config.json",
+        tokenizer_class="Foreign",
+        auto_map={"AutoTokenizer": ["foreign.Tokenizer", "foreign.Tokenizer"]},
+    )
+    with pytest.raises(HfscratchError, match=r"needs its own Python code .* --trust-remote-code"):
+        load_model(folder)
+    assert not trace.exists()
+
+
+def test_a_known_type_loads_without_the_code_beside_it(foreign):
+    folder, trace = foreign
+    damage_config(folder, auto_map=AUTO_MAP)
+    loaded, loaded_tokenizer = load_model(folder)
+    "".join(stream(loaded, loaded_tokenizer, "x", max_new_tokens=3))
+    assert type(loaded).__module__.startswith("transformers.")
+    assert not trace.exists()
+
+
+def test_foreign_code_runs_when_it_is_trusted(foreign):
+    folder, trace = foreign
+    (folder / "custom_generate" / "generate.py").unlink()
+    damage_config(folder, model_type="foreign", auto_map=AUTO_MAP, architectures=["Model"])
+    loaded, loaded_tokenizer = load_model(folder, trust_remote_code=True)
+    assert trace.exists()
+    assert isinstance("".join(stream(loaded, loaded_tokenizer, "x", max_new_tokens=5, seed=0)), str)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Streaming
+
+
+def write(model, tokenizer, prompt="def add", **settings):
+    return "".join(stream(model, tokenizer, prompt, **{"max_new_tokens": 20, "seed": 0, **settings}))
+
+
+@pytest.mark.parametrize("prompt", ["def add", "é", "中", ""])
+def test_a_stream_is_what_generate_writes(model, tokenizer, prompt):
+    ids = prompt_ids(tokenizer, prompt)
+    output = model.generate(
+        torch.tensor([ids]), max_new_tokens=20, do_sample=False, pad_token_id=tokenizer.pad_token_id
+    )
+    expected = tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+    assert write(model, tokenizer, prompt, temperature=0) == expected
+    assert expected
+
+
+def test_the_seed_decides_the_text(model, tokenizer):
+    texts = [write(model, tokenizer, seed=seed, temperature=1.0) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_pieces_come_before_the_end(tokenizer):
+    model = make_model(tokenizer)
+    pieces = list(stream(model, tokenizer, "x", max_new_tokens=30, seed=1, temperature=1.0, top_p=1.0))
+    assert len(pieces) > 1
+    assert all(pieces)
+
+
+def test_a_text_begins_with_the_token_the_model_was_trained_to_begin_with(tokenizer):
+    assert prompt_ids(tokenizer, "x")[0] == prompt_ids(tokenizer, "")[0] == tokenizer.bos_token_id
+    assert prompt_ids(tokenizer, "<|bos|>x") == prompt_ids(tokenizer, "x"), "the token stands there twice"
+    only_eos = make_tokenizer(eos_token="<|eos|>", pad_token="<|pad|>")
+    assert prompt_ids(only_eos, "") == [only_eos.eos_token_id]
+    assert prompt_ids(only_eos, "x") == only_eos("x")["input_ids"]
+    with pytest.raises(UsageError, match="must not be empty"):
+        prompt_ids(make_tokenizer(pad_token="<|pad|>"), "")
+
+
+def test_a_stream_stops_where_the_model_ends_the_text(tokenizer):
+    model = make_model(tokenizer)
+    first, second = (
+        model.generate(torch.tensor([prompt_ids(tokenizer, "def add")]), max_new_tokens=2, do_sample=False)[0, -2:]
+    ).tolist()
+    assert first != second
+    model.generation_config.eos_token_id = [second]
+    # The token is no special one of the tokenizer, so it shows; what matters is that nothing follows.
+    assert write(model, tokenizer, temperature=0) == tokenizer.decode([first, second])
+
+
+def test_a_stream_stops_where_the_context_is_full_and_says_so(model, tokenizer, caplog):
+    used = len(prompt_ids(tokenizer, "def add"))
+    text = write(model, tokenizer, temperature=0, max_new_tokens=500)
+    assert text == write(model, tokenizer, temperature=0, max_new_tokens=CONTEXT - used)
+    assert f"will stop after {CONTEXT - used} tokens" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompt": "\x00" * CONTEXT}, f"has {CONTEXT + 1} tokens, and the model reads {CONTEXT} at most"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_generated(model, tokenizer, settings, message):
+    with pytest.raises(UsageError, match=message):
+        stream(model, tokenizer, **settings)
+
+
+def test_an_error_in_the_thread_reaches_the_reader(tokenizer):
+    model = make_model(tokenizer)
+    model.lm_head.weight = torch.nn.Parameter(torch.zeros(len(tokenizer), 7))
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        write(model, tokenizer)
+
+
+def test_leaving_a_stream_stops_the_generation(model, tokenizer):
+    threads = threading.active_count()
+    pieces = stream(model, tokenizer, "x", max_new_tokens=25, seed=1, temperature=1.0, top_p=1.0)
+    next(pieces)
+    pieces.close()
+    assert threading.active_count() == threads
