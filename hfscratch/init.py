@@ -183,7 +183,7 @@ def _yaml(name: str, path: str, inspection: Inspection, plan: _Plan) -> str:
         ]
     else:
         chunk = []
-    metrics = "[bits_per_byte, perplexity, parses]" if inspection.is_python else "[bits_per_byte, perplexity]"
+    metrics = "[bits_per_byte, perplexity, parses]" if inspection.python_share > 0.5 else "[bits_per_byte, perplexity]"
     fits = (
         "read more than once: dropout keeps it from learning them by heart"
         if plan.dropout
@@ -223,7 +223,7 @@ def _yaml(name: str, path: str, inspection: Inspection, plan: _Plan) -> str:
 
 def _summary(path: str, inspection: Inspection, plan: _Plan) -> str:
     """What was found and chosen, for the terminal."""
-    formats = ", ".join(f"{count} {suffix}" for suffix, count in sorted(inspection.formats.items()))
+    formats = ", ".join(f"{files} {suffix}" for suffix, (files, _) in sorted(inspection.formats.items()))
     rows = [
         ("found", f"{inspection.num_documents:,} documents, {_size(inspection.num_bytes)} of text ({formats})"),
         ("model", f"depth {plan.depth}, vocabulary {plan.vocab_size:,}"),

@@ -57,7 +57,7 @@ def test_a_stages_help_explains_every_key_of_its_sections(stage):
 def test_every_stage_has_a_verb_and_every_verb_is_in_the_help():
     text = cli("--help").stdout
     for verb in ("init", "run", *pipeline.STAGES, "generate"):
-        assert f"    {verb} " in text
+        assert f"\n    {verb}" in text
     assert cli("--version").stdout.strip() == f"hfscratch {__version__}"
 
 

@@ -84,7 +84,7 @@ class Executor(LocalPipelineExecutor):
 
     def _report_to(self, advance: Callable[[int], Any]) -> None:
         for step in self.pipeline:
-            if hasattr(step, "source"):
+            if hasattr(step, "advance"):
                 step.advance = advance
 
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> PipelineStats:

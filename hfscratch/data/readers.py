@@ -18,7 +18,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import orjson
@@ -46,18 +46,26 @@ def document_id(prefix: str, number: int, piece: int) -> str:
 class CountingReader(BaseReader):
     """What our readers share: documents that say where they are from, and a count of them, kept in the statistics.
 
-    Attributes:
-        advance: called with the number of input bytes that have been dealt with since the last call.
+    The executor replaces `advance`, which is called with the number of input bytes dealt with since the last call.
     """
 
-    advance: Callable[[int], Any]
     source: FoundSource
+
+    def advance(self, num_bytes: int) -> None:
+        """Nobody is watching."""
 
     def make(self, path: str, file: int, number: int, text: str, note: str | None = None) -> Document:
         """A document that was read."""
-        metadata = {"source": self.source.label, "path": printable(path), "file": file, "number": number, "piece": -1}
-        identifier = document_id(self.source.prefix(metadata["path"]), number, -1)
-        return Document(text=text, id=identifier, metadata=metadata | {"note": note})
+        path = printable(path)
+        metadata = {
+            "source": self.source.label,
+            "path": path,
+            "file": file,
+            "number": number,
+            "piece": -1,
+            "note": note,
+        }
+        return Document(text=text, id=document_id(self.source.prefix(path), number, -1), metadata=metadata)
 
     def fail(self, path: str, file: int, number: int, failure: str, size_bytes: int, detail: object = None) -> Document:
         """A document that could not be read."""
@@ -78,6 +86,7 @@ class CountingReader(BaseReader):
     def count(self, documents: Iterator[Document]) -> Iterator[Document]:
         for document in documents:
             self.stat_update("read")
+            self.update_doc_stats(document)
             yield document
 
 
@@ -115,15 +124,12 @@ class FileReader(CountingReader, BaseDiskReader):
                     position = min(file.tell(), size_bytes) if not file.closed else size_bytes
                     self.advance(position - reached)
                     reached = position
-        except OSError as error:
-            if isinstance(error, gzip.BadGzipFile):
-                yield self.fail(filepath, place, number + 1, "broken gzip", size_bytes, error)
+        except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                failure = "unreadable"
             else:
-                yield self.fail(filepath, place, number + 1, "unreadable", size_bytes, error.strerror or error)
-        except (EOFError, zlib.error) as error:
-            yield self.fail(filepath, place, number + 1, "broken gzip", size_bytes, error)
-        except pa.ArrowException as error:
-            yield self.fail(filepath, place, number + 1, "broken parquet", size_bytes, error)
+                failure = "broken parquet" if self.format == "parquet" else "broken gzip"
+            yield self.fail(filepath, place, number + 1 if number else 0, failure, size_bytes, error)
         self.advance(size_bytes - reached)
 
     def read_open(self, path: str, place: int, size_bytes: int, file: BinaryIO) -> Iterator[Document]:
@@ -234,9 +240,7 @@ class HubReader(CountingReader, HuggingFaceDatasetReader):
             for value in batch[self.text_key]:
                 number += 1
                 size_bytes = len(value) if isinstance(value, str) else 0
-                document = self.from_value(self.source.split, self.place, number, value, size_bytes, None)
-                self.update_doc_stats(document)
-                yield document
+                yield self.from_value(self.source.split, self.place, number, value, size_bytes, None)
                 self.advance(size_bytes)
 
 

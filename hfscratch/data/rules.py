@@ -83,7 +83,7 @@ class Cutter(PipelineStep):
         self.max_chars = max_chars
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        for document in data:  # type: ignore[union-attr]
+        for document in data:
             for piece in self._pieces(document):
                 with self.track_time():
                     encoded = piece.text.encode()
@@ -109,9 +109,7 @@ class Length(BaseFilter):
 
     name = "Length"
 
-    def __init__(
-        self, min_chars: int, max_chars: int | None, exclusion_writer: ParquetWriter | None = None
-    ) -> None:
+    def __init__(self, min_chars: int, max_chars: int | None, exclusion_writer: ParquetWriter | None = None) -> None:
         super().__init__(exclusion_writer)
         self.min_chars, self.max_chars = min_chars, max_chars
 

@@ -78,7 +78,7 @@ def extension(name: str) -> str:
     for known in FORMATS:
         if lower.endswith(known):
             return known
-    return os.path.splitext(lower)[1]
+    return Path(lower).suffix
 
 
 def printable(name: str) -> str:
@@ -124,7 +124,8 @@ def find_source(
     elif glob.has_magic(path):
         root = _fixed_part(expanded)
         label = root.resolve().name or "root"
-        matches = [Path(match) for match in glob.glob(str(expanded), recursive=True)]
+        # Path.glob would find hidden files too, and no files for a closing `**`.
+        matches = [Path(match) for match in glob.glob(str(expanded), recursive=True)]  # noqa: PTH207
         matches = [match for match in matches if not match.is_dir()]
         if not matches:
             raise UsageError(f"no file matches {path}")
@@ -135,7 +136,7 @@ def find_source(
             else:
                 ignored[extension(match.name) or "no extension"] += 1
         if not names:
-            raise UsageError(f"{path} matches {len(matches)} files, all of a format that cannot be read; the formats are {formats}")
+            raise UsageError(f"{path} matches no file of a format that can be read; the formats are {formats}")
     elif _HUB_ID.fullmatch(path) and extension(path) not in FORMATS:
         label, root, names, hub_id = path, None, [], path
     else:

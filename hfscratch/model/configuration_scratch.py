@@ -111,14 +111,10 @@ class ScratchConfig(PretrainedConfig):
         self.require_consistent()
         # Saving adds only the class that saves; with all of them, any Auto class opens any checkpoint.
         kwargs["auto_map"] = {**AUTO_MAP, **(kwargs.get("auto_map") or {})}
-        # transformers 4.57 sets these three itself, from keywords or to defaults of its own.
-        super().__init__(
-            pad_token_id=pad_token_id,
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-            tie_word_embeddings=tie_word_embeddings,
-            **kwargs,
-        )
+        # transformers 4.57 sets these itself, from keywords or to defaults of its own.
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings"):
+            kwargs[name] = getattr(self, name)
+        super().__init__(**kwargs)
 
     def require_consistent(self) -> None:
         """Checks the values against each other; the model calls it again, as fields may be set after construction.

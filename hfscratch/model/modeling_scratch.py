@@ -42,7 +42,7 @@ try:  # transformers 5
 
 except ImportError:  # transformers 4.57
     from torch.nn import init
-    from transformers.utils.generic import check_model_inputs as fill_and_capture
+    from transformers.utils.generic import check_model_inputs as fill_and_capture  # type: ignore[no-redef]
 
 # transformers 4.57 hands `cache_position` from `generate` to masks and caches; 5 has done away with it.
 TAKES_CACHE_POSITION = "cache_position" in inspect.signature(create_causal_mask).parameters
@@ -71,7 +71,7 @@ def repeat_heads(states: torch.Tensor, times: int) -> torch.Tensor:
 
 
 def eager_attention_forward(
-    module: nn.Module,
+    module: ScratchAttention,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -213,7 +213,7 @@ class ScratchDecoderLayer(GradientCheckpointingLayer):
 def linear(in_features: int, out_features: int, initial_bound: float) -> nn.Linear:
     """A linear layer without bias that `_init_weights` fills uniformly within ± `initial_bound`."""
     layer = nn.Linear(in_features, out_features, bias=False)
-    layer.initial_bound = initial_bound  # type: ignore[assignment]
+    layer.initial_bound = initial_bound
     return layer
 
 
@@ -274,9 +274,9 @@ class ScratchModel(ScratchPreTrainedModel):
     @fill_and_capture
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -294,24 +294,22 @@ class ScratchModel(ScratchPreTrainedModel):
 
         # Masks see the caller's cache and positions, not the ones made below: a cache hides from them that positions
         # restart (documents would see each other), and positions of our own would force a full mask when compiling.
-        caller = {"past_key_values": past_key_values, "position_ids": position_ids}
+        mask_inputs: dict[str, Any] = {
+            "config": self.config,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "position_ids": position_ids,
+        }
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()
         if TAKES_CACHE_POSITION:
             if kwargs.get("cache_position") is None:
                 kwargs["cache_position"] = torch.arange(hidden_states.shape[1], device=device) + seen
-            mask = create_causal_mask(
-                config=self.config,
-                input_embeds=hidden_states,
-                attention_mask=attention_mask,
-                cache_position=kwargs["cache_position"],
-                **caller,
-            )
+            mask_inputs |= {"input_embeds": hidden_states, "cache_position": kwargs["cache_position"]}
         else:
-            mask = create_causal_mask(
-                config=self.config, inputs_embeds=hidden_states, attention_mask=attention_mask, **caller
-            )
+            mask_inputs["inputs_embeds"] = hidden_states
+        mask = create_causal_mask(**mask_inputs)
         if position_ids is None:
             position_ids = (torch.arange(hidden_states.shape[1], device=device) + seen)[None]  # (1, seq)
         position_embeddings = self.rotary_emb(position_ids, hidden_states.dtype)
@@ -345,12 +343,12 @@ class ScratchForCausalLM(ScratchPreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,

@@ -155,10 +155,10 @@ def _svg(draw: Any, title: str, *, x_label: str, height: float, tokens_on_x: boo
 def _inline(figure: Figure, title: str, form: str) -> str:
     """A figure as an SVG element for the inside of a page."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    figure.savefig(buffer, format="svg")
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)  # it holds the date
     # The two forms share a page, so their ids must differ.
     svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{form}-{re.sub('[^a-z]', '', title.lower())}-", svg)
     svg = re.sub(r"font-family: [^;\"]*", "font-family: var(--sans)", svg)

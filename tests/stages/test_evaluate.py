@@ -63,7 +63,7 @@ def out(tmp_path, model, tokenizer):
 
 def load(out, *overrides):
     path = out.parent / "recipe.yaml"
-    path.write_text(f"out: {out}\nevaluate: {{parses_tokens: 20, sample_tokens: 10}}\n")
+    path.write_text(f"out: {out}\nevaluate: {{parses_samples: 20, parses_tokens: 20, sample_tokens: 10}}\n")
     return recipe.load(str(path), evaluate.SECTIONS, overrides)
 
 
