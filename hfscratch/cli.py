@@ -42,6 +42,9 @@ STAGE_HELP = {
     "evaluate": "score the model on text it never saw",
 }
 
+DISK_FULL = ("No space left on device", "os error 28", "File too large", "os error 27")
+"""How libraries that raise exceptions of their own (safetensors, tokenizers, pyarrow) say it."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
@@ -84,7 +87,7 @@ def _machine_error(error: Exception) -> MachineError | None:
         return MachineError("out of memory; set a smaller model.depth, pretrain.batch_tokens or data.workers")
     text = " ".join(str(error).split())
     code = error.errno if isinstance(error, OSError) else None
-    if code in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text or "os error 28" in text:
+    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(words in text for words in DISK_FULL):
         return MachineError("the disk is full; what was being written has been dropped, what was finished stands")
     if "PytorchStreamWriter failed" in text or ("inline_container" in text and "write" in text):
         return MachineError("a file could not be written, most likely because the disk is full")
@@ -263,10 +266,12 @@ def _print_summary(out: Path, recipe_name: str, seconds: float) -> None:
                         rows.append((f"{unit}, {split}", f"{splits[split][name]:.3f} ({model})"))
             if "parses" in splits:
                 parses = splits["parses"]
+                cut = parses["reference_share"]
                 rows.append(
                     (
                         "parses as Python",
-                        f"{parses['share']:.1%} of samples; {parses['reference_share']:.1%} of real text cut alike",
+                        f"{parses['share']:.1%} of samples"
+                        + (f"; {cut:.1%} of real text cut alike" if cut is not None else ""),
                     )
                 )
     print()

@@ -132,7 +132,7 @@ def test_a_corpus_smaller_than_one_row_exits_3(write, tmp_path):
     for i in range(20):
         (small / f"{i}.txt").write_text(f"word{i}\n")
     done = cli(
-        "run", write(small), "tokenizer.vocab_size=270", "pretrain.sequence_length=2048", "pretrain.batch_tokens=2048"
+        "run", write(small), "tokenizer.vocab_size=265", "pretrain.sequence_length=2048", "pretrain.batch_tokens=2048"
     )
     refuse(done, 3, "fewer than one row")
 
@@ -225,6 +225,8 @@ def test_ctrl_c_in_any_stage_exits_130_and_publishes_nothing(stage, finished_run
         str(tmp_path / "tiny.yaml"),
         f"out={tmp_path / 'run'}",
         "pretrain.max_steps=5000",
+        "pretrain.eval_steps=20",
+        "pretrain.save_steps=20",
     ]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     staging = tmp_path / "run" / ".work" / stage

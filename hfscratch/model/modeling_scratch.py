@@ -245,8 +245,6 @@ class ScratchPreTrainedModel(PreTrainedModel):
             bound = getattr(module, "initial_bound", None)
             if bound is None:  # the head, also a new one of another size
                 init.normal_(module.weight, std=0.001)
-            elif bound == 0:
-                init.zeros_(module.weight)
             else:
                 init.uniform_(module.weight, -bound, bound)
             if module.bias is not None:

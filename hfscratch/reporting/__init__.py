@@ -187,20 +187,22 @@ def _curve_points(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _ledger(path: Path) -> dict[str, Any]:
-    """What the ledger counts: documents and bytes by fate and reason, and the sizes of those that were kept."""
+    """What the ledger counts: documents and bytes, kept or dropped for which reason, and the sizes of those kept."""
     if not path.is_file():
         return {"fates": [], "kept_sizes": []}
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     table = pq.read_table(path, columns=["fate", "reason", "size_bytes"])
-    grouped = table.group_by(["fate", "reason"]).aggregate([([], "count_all"), ("size_bytes", "sum")]).to_pylist()
-    fates = [
-        {"fate": row["fate"], "reason": row["reason"] or "", "count": row["count_all"], "bytes": row["size_bytes_sum"]}
-        for row in grouped
+    is_kept = pc.not_equal(table["fate"], "dropped")  # else the fate is the split that the document fell into
+    kept = table.filter(is_kept)["size_bytes"].drop_null().to_pylist()
+    dropped = table.filter(pc.invert(is_kept)).group_by("reason")
+    rows = [
+        {"fate": "dropped", "reason": row["reason"] or "", "count": row["count_all"], "bytes": row["size_bytes_sum"]}
+        for row in dropped.aggregate([([], "count_all"), ("size_bytes", "sum")]).to_pylist()
     ]
-    fates.sort(key=lambda row: (row["fate"] != "kept", -row["count"]))
-    kept = table.filter(pc.equal(table["fate"], "kept"))["size_bytes"].drop_null().to_pylist()
+    rows.sort(key=lambda row: -row["count"])
+    fates = [{"fate": "kept", "reason": "", "count": pc.sum(is_kept).as_py() or 0, "bytes": sum(kept)}, *rows]
     return {"fates": fates, "kept_sizes": kept}
 
 

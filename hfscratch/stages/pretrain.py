@@ -285,7 +285,7 @@ def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
         )
     rows_per_process = budget.rows_per_step // world_size
     micro_rows = batch.micro_batch_rows(rows_per_process, section.sequence_length, config)
-    rates = _rates(section, model, config)
+    rates = _rates(section, config)
 
     train_rows = tokens.PackedRows(
         train_split,
@@ -564,10 +564,10 @@ def _budget(section: PretrainSection, num_parameters: int, corpus_tokens: int, r
     return _Budget(rows_per_step=batch_tokens // length, max_steps=steps, sequence_length=length)
 
 
-def _rates(section: PretrainSection, model: Any, config: Any) -> Any:
+def _rates(section: PretrainSection, config: Any) -> Any:
     from hfscratch.training.optimizer import default_learning_rates
 
-    rates = default_learning_rates(model, config.hidden_size, section.arguments.get("learning_rate"))
+    rates = default_learning_rates(config.hidden_size, section.arguments.get("learning_rate"))
     given = {name: value for name, value in to_dict(section.learning_rates).items() if value is not None}
     return dataclasses.replace(rates, **given)
 

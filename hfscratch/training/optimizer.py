@@ -1,8 +1,8 @@
 """AdamW with a learning rate per role: the setting that was measured to matter most (docs/log.md).
 
 A parameter's role is found by structure, not by name, so stock architectures get the same treatment:
-`embedding` (tables looked up by id), `head` (the untied output matrix), `matrix` (every other weight of two or more
-dimensions), `rest` (norms, biases, scalars).
+`embedding` (tables looked up by id), `head` (the output matrix, also where it is the embedding too: what is read out
+of must move slowly), `matrix` (every other weight of two or more dimensions), `rest` (norms, biases, scalars).
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def roles(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
-        if id(parameter) in tables:
-            role = "embedding"
-        elif output is not None and parameter is getattr(output, "weight", None):
+        if output is not None and parameter is getattr(output, "weight", None):
             role = "head"
+        elif id(parameter) in tables:
+            role = "embedding"
         else:
             role = "matrix" if _ndim(parameter) >= 2 else "rest"
         found[role].append(parameter)
@@ -66,14 +66,12 @@ def parameter_groups(model: nn.Module, rates: LearningRates, *, weight_decay: fl
     ]
 
 
-def default_learning_rates(model: nn.Module, hidden_size: int, matrix: float | None = None) -> LearningRates:
+def default_learning_rates(hidden_size: int, matrix: float | None = None) -> LearningRates:
     """Rates for a model of this width; `matrix` sets the scale of all and defaults to the measured best.
 
-    Wider models want smaller steps: rates fall with the square root of the width.
+    Wider models want smaller steps: rates fall with the square root of the width. The values at width 256 are those
+    of the sweep in docs/log.md.
     """
     scale = math.sqrt(256 / hidden_size)
-    base = 3e-3 * scale
-    factor = 1.0 if matrix is None else matrix / base
-    return LearningRates(
-        matrix=base * factor, embedding=0.3 * scale * factor, head=4e-3 * scale * factor, rest=base * factor
-    )
+    factor = scale if matrix is None else matrix / 2e-3
+    return LearningRates(matrix=2e-3 * factor, embedding=0.3 * factor, head=8e-3 * factor, rest=2e-3 * factor)

@@ -75,7 +75,10 @@ def test_a_python_file_is_decoded_as_its_cookie_says():
 
 
 def test_a_cookie_that_lies_is_passed_over():
-    assert decode_file(b"# coding: no-such-codec\nx = 1\n", is_python=True) == ("# coding: no-such-codec\nx = 1\n", None)
+    assert decode_file(b"# coding: no-such-codec\nx = 1\n", is_python=True) == (
+        "# coding: no-such-codec\nx = 1\n",
+        None,
+    )
     assert decode_file("# coding: ascii\nx = 'é'\n".encode(), is_python=True)[0].endswith("'é'\n")
 
 

@@ -16,7 +16,9 @@ from hfscratch.artifact import Proof, Workspace, write_json
 from hfscratch.errors import UsageError
 from hfscratch.reporting import figures, formats
 
-FATES = [("kept", None, 900 + 37 * i) for i in range(60)] + [("dropped", "shorter than 20 characters", 7)] * 4
+SPLITS = {"train": 55, "validation": 3, "test": 2}
+FATES = [(split, None, 900 + 37 * i) for split, number in SPLITS.items() for i in range(number)]
+FATES += [("dropped", "shorter than 20 characters", 7)] * 4
 HISTORY = [
     {"step": step, "tokens": step * 1024, "loss": 8 - step / 50, "bits_per_byte": 4 - step / 100, "learning_rate": 1e-3}
     for step in range(10, 201, 10)
@@ -54,9 +56,10 @@ def publish_data(out):
         pq.write_table(pa.table({"fate": fates, "reason": reasons, "size_bytes": sizes}), folder / "ledger.parquet")
 
     metrics = {
-        "documents": {"train": 55, "validation": 3, "test": 2},
+        "documents": SPLITS,
         "bytes": {"train": 11_843_212, "validation": 402_112, "test": 371_204},
-        "fates": {"kept": 60, "dropped": 4},
+        "fates": SPLITS | {"dropped": 4},
+        "ignored": {".pdf": 12},
         "input_documents": 64,
     }
     proof = Proof("no document is in two splits", True, "60 documents | 60 digests")
@@ -165,6 +168,7 @@ def test_everything_that_was_recorded_is_told(out):
     for report in write(out):
         for told in (
             "shorter than 20 characters",
+            "12 .pdf",
             "no document is in two splits",
             "because this processor has no fast bf16",
             "where 3 min 6 s were predicted",
@@ -175,6 +179,13 @@ def test_everything_that_was_recorded_is_told(out):
             "3.41 M",
         ):
             assert told.lower() in report.lower(), told
+
+
+def test_the_ledger_is_told_as_kept_and_dropped(out):
+    kept = formats.size(sum(size for fate, _, size in FATES if fate != "dropped"))
+    page, text = write(out)
+    assert "| kept |  | 60 |\n| dropped | shorter than 20 characters | 4 |\n" in text
+    assert f'<th>kept</th><td></td><td class="num">60</td><td class="num">{kept}</td>' in page
 
 
 def test_what_the_model_writes_is_shown_and_not_obeyed(out):

@@ -40,9 +40,8 @@ def test_every_trainable_parameter_has_exactly_one_role(model_type, tied):
     found = roles(model)
     all_of_them = [id(p) for parameters in found.values() for p in parameters]
     assert sorted(all_of_them) == sorted(id(p) for p in model.parameters())
-    assert any(p is model.get_input_embeddings().weight for p in found["embedding"])
-    head = model.get_output_embeddings().weight
-    assert any(p is head for p in found["embedding" if tied else "head"])
+    assert any(p is model.get_input_embeddings().weight for p in found["head" if tied else "embedding"])
+    assert any(p is model.get_output_embeddings().weight for p in found["head"])
     assert all(p.ndim >= 2 for p in found["matrix"])
     assert all(p.ndim < 2 for p in found["rest"])
     assert len(found["matrix"]) >= 2 * 4

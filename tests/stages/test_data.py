@@ -1,0 +1,265 @@
+"""The data stage from recipe to artifact, as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import datasets
+import pyarrow.parquet as pq
+import pytest
+
+from hfscratch import artifact, pipeline
+from hfscratch.artifact import Workspace
+from hfscratch.errors import MachineError, UsageError
+from hfscratch.stages import data as stage
+from tests.conftest import cli, load
+
+
+@pytest.fixture
+def recipe_file(tmp_path, corpus):
+    return write_recipe(tmp_path, corpus)
+
+
+def write_recipe(folder, *paths, **fields):
+    fields = {"validation_fraction": 0.2, "test_fraction": 0.2} | fields
+    sources = [path if isinstance(path, dict) else {"path": str(path)} for path in paths]
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps({"out": str(folder / "run"), "data": {"sources": sources} | fields}))
+    return path
+
+
+def run(recipe_file, *overrides, **how):
+    (result,) = pipeline.run(load(recipe_file, *overrides), ["data"], **how)
+    return result
+
+
+def data_folder(tmp_path):
+    return tmp_path / "run" / "data"
+
+
+def test_load_dataset_gives_the_splits_that_the_ledger_counts(recipe_file, tmp_path):
+    run(recipe_file)
+    loaded = datasets.load_dataset(str(data_folder(tmp_path)), cache_dir=str(tmp_path / "cache"))
+    ledger = pq.read_table(data_folder(tmp_path) / "ledger.parquet").to_pylist()
+    assert set(loaded) == {"train", "validation", "test"}
+    for split, rows in loaded.items():
+        assert rows.column_names == ["id", "text", "source", "path"]
+        assert sorted(rows["id"]) == sorted(row["id"] for row in ledger if row["fate"] == split)
+    manifest = artifact.read_manifest(data_folder(tmp_path))
+    metrics = manifest["metrics"]
+    assert metrics["documents"] == {split: len(rows) for split, rows in loaded.items()}
+    assert metrics["bytes"] == {split: sum(len(t.encode()) for t in rows["text"]) for split, rows in loaded.items()}
+    assert metrics["input_documents"] == sum(metrics["fates"].values()) == len(ledger)
+    assert [proof["holds"] for proof in manifest["proofs"]] == [True] * 3
+
+
+def test_the_card_is_valid_and_neither_it_nor_the_manifest_names_a_folder_of_this_machine(
+    recipe_file, tmp_path, corpus
+):
+    (tmp_path / "extra").mkdir()
+    for name in ("a.txt", "b.pdf", "c.bin"):
+        (tmp_path / "extra" / name).write_text(name)
+    write_recipe(tmp_path, corpus, tmp_path / "extra")
+    run(recipe_file)
+    text = (data_folder(tmp_path) / "README.md").read_text()
+    card = datasets.utils.metadata.DatasetCardData(**_front_matter(text))
+    assert card.size_categories == ["n<1K"] and card.task_categories == ["text-generation"]
+    assert "were not read: 1 .bin, 1 .pdf" in text
+    for file in ("README.md", "manifest.json"):
+        assert str(tmp_path) not in (data_folder(tmp_path) / file).read_text()
+        assert str(corpus.parent) not in (data_folder(tmp_path) / file).read_text()
+
+
+def _front_matter(text):
+    import yaml
+
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def test_a_fraction_of_zero_omits_that_split(recipe_file, tmp_path):
+    run(recipe_file, "data.test_fraction=0")
+    loaded = datasets.load_dataset(str(data_folder(tmp_path)), cache_dir=str(tmp_path / "cache"))
+    assert set(loaded) == {"train", "validation"}
+
+
+def test_the_stage_is_fresh_until_text_or_a_field_that_matters_changes(tmp_path, corpus):
+    docs = tmp_path / "docs"
+    shutil.copytree(corpus, docs)
+    recipe_file = write_recipe(tmp_path, docs)
+    assert not run(recipe_file).was_fresh
+    assert run(recipe_file).was_fresh
+    assert run(recipe_file, "data.workers=2").was_fresh
+    os.utime(next(docs.iterdir()))
+    assert run(recipe_file).was_fresh
+    assert not run(recipe_file, "data.min_chars=5").was_fresh
+    assert not run(recipe_file).was_fresh
+    (docs / "new.txt").write_text("new text")
+    assert not run(recipe_file).was_fresh
+
+
+def test_a_moved_run_folder_is_still_fresh(recipe_file, tmp_path):
+    run(recipe_file)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert run(recipe_file, f"out={tmp_path / 'moved'}").was_fresh
+
+
+def test_making_it_again_gives_the_same_artifact(recipe_file, tmp_path):
+    run(recipe_file)
+    before = artifact.read_manifest(data_folder(tmp_path))["digest"]
+    run(recipe_file, force=True)
+    assert artifact.read_manifest(data_folder(tmp_path))["digest"] == before
+
+
+def test_nothing_of_the_first_pass_stays_but_its_logs(recipe_file, tmp_path):
+    run(recipe_file)
+    work = tmp_path / "run" / ".work" / "data"
+    assert {path.name for path in work.iterdir()} == {"logs", "sources.json"}
+    assert "Processing done" in next((work / "logs").iterdir()).read_text()
+
+
+def test_the_first_pass_of_other_input_is_not_taken_up(recipe_file, tmp_path):
+    leftover = tmp_path / "run" / ".work" / "data" / "reading" / "0123456789abcdef"
+    leftover.mkdir(parents=True)
+    (leftover / "completions").mkdir()
+    (leftover / "completions" / "00000").touch()
+    run(recipe_file)
+    assert not leftover.exists()
+
+
+def test_digests_name_each_file_by_its_source(recipe_file, tmp_path, corpus):
+    found = stage.source_digests(load(recipe_file), Workspace(tmp_path / "run", "data"))
+    assert set(found) == {f"0/{path.name}" for path in corpus.iterdir()}
+
+
+def test_long_documents_are_cut_when_asked_to(tmp_path):
+    (tmp_path / "book.txt").write_text("".join(f"Line {number}.\n\n" for number in range(5000)))
+    recipe_file = write_recipe(tmp_path, tmp_path / "book.txt", chunk_chars=1000)
+    run(recipe_file)
+    assert artifact.read_manifest(data_folder(tmp_path))["metrics"]["input_documents"] > 40
+    ids = pq.read_table(data_folder(tmp_path) / "ledger.parquet")["id"].to_pylist()
+    assert {"book.txt#0", "book.txt#1"} <= set(ids)
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("sources=[]", "data: sources is empty"),
+        ("sources=[{path: ''}]", "path is empty"),
+        ("sources=[{path: a.txt, name: a/b}]", "name is 'a/b'"),
+        ("min_chars=-1", "min_chars is -1"),
+        ("max_chars=0", "max_chars is 0"),
+        ("chunk_chars=0", "chunk_chars is 0"),
+        ("test_fraction=1", "test_fraction is 1.0"),
+        ("validation_fraction=0.9", "together they must be less than 1"),
+        ("workers=-1", "workers is -1"),
+        ("dedup={fuzzy: true}", "data.dedup.fuzzy is not a known key"),
+        ("source=[]", "data.source is not a known key; did you mean 'sources'"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_at_load(recipe_file, field, message):
+    with pytest.raises(UsageError) as caught:
+        load(recipe_file, f"data.{field}")
+    assert message in str(caught.value)
+
+
+def fails(recipe_file, code, *words):
+    """Runs the command line, which must fail in one sentence and leave no artifact; returns the sentence."""
+    completed = cli("data", recipe_file, *words)
+    last = completed.stderr.strip().splitlines()[-1]
+    assert completed.returncode == code, completed.stderr
+    assert last.startswith("hfscratch: ") and "Traceback" not in completed.stderr
+    assert not (Path(recipe_file).parent / "run" / "data").exists()
+    return last
+
+
+def test_bad_files_beside_good_ones_are_in_the_ledger_and_strict_names_the_first(tmp_path, corpus):
+    docs = tmp_path / "docs"
+    shutil.copytree(corpus, docs)
+    (docs / "broken.jsonl.gz").write_bytes(b"not gzip")
+    recipe_file = write_recipe(tmp_path, docs)
+    assert "docs/broken.jsonl.gz: broken gzip" in fails(recipe_file, 3, "data.strict=true")
+    completed = cli("data", recipe_file)
+    assert completed.returncode == 0, completed.stderr
+    assert "broken gzip" in completed.stdout
+    ledger = pq.read_table(data_folder(tmp_path) / "ledger.parquet").to_pylist()
+    assert [row["reason"] for row in ledger if row["path"] == "broken.jsonl.gz"] == ["broken gzip"]
+
+
+def test_nothing_usable_is_one_sentence_and_leaves_no_artifact(tmp_path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "a.jsonl").write_text('{"content": "x"}\n' * 5)
+    sentence = fails(write_recipe(tmp_path, tmp_path / "docs"), 3)
+    assert "5 × no text column" in sentence and "columns: content" in sentence
+
+
+@pytest.mark.parametrize(("content", "name"), [(b"", "empty.txt"), (b"", "empty.jsonl"), (b"\0\1", "binary.txt")])
+def test_an_empty_or_binary_file_alone_is_bad_data(tmp_path, content, name):
+    (tmp_path / name).write_bytes(content)
+    fails(write_recipe(tmp_path, tmp_path / name), 3)
+
+
+def test_an_empty_folder_is_bad_data_and_a_missing_one_bad_usage(tmp_path):
+    (tmp_path / "docs").mkdir()
+    assert "holds no files" in fails(write_recipe(tmp_path, tmp_path / "docs"), 3)
+    fails(write_recipe(tmp_path, tmp_path / "nowhere"), 2)
+
+
+def test_a_hub_id_without_network_is_one_sentence(tmp_path):
+    sentence = fails(write_recipe(tmp_path, "nobody/nothing"), 5)
+    assert "data.sources[0].path 'nobody/nothing' is neither a file nor a folder here" in sentence
+
+
+@pytest.fixture
+def hub_cache(tmp_path):
+    """A cache of `datasets` in which a small Hub dataset stands as if it had been downloaded."""
+    texts = [f"Text {number} from the Hub.\r\n" for number in range(30)]
+    source = datasets.Dataset.from_dict({"content": [*texts, None], "label": list(range(31))})
+    source.to_parquet(str(tmp_path / "source.parquet"))
+    cache = tmp_path / "cache"
+    made = datasets.load_dataset("parquet", data_files=str(tmp_path / "source.parquet"), cache_dir=str(cache))
+    folder = Path(made["train"].cache_files[0]["filename"]).parent
+    final = cache / "someone___small" / "default" / "0.0.0" / folder.name
+    shutil.copytree(folder, final)
+    (final / "parquet-train.arrow").rename(final / "small-train.arrow")
+    info = json.loads((final / "dataset_info.json").read_text())
+    info |= {"config_name": "default", "dataset_name": "small"}
+    (final / "dataset_info.json").write_text(json.dumps(info))
+    return cache
+
+
+def test_a_dataset_of_the_hub_that_is_in_the_cache_is_read(tmp_path, hub_cache):
+    source = {"path": "someone/small", "text_column": "content"}
+    recipe_file = write_recipe(tmp_path, source)
+    completed = cli("data", recipe_file, env={"HF_DATASETS_CACHE": str(hub_cache), "HF_HUB_OFFLINE": "1"})
+    assert completed.returncode == 0, completed.stderr
+    ledger = pq.read_table(data_folder(tmp_path) / "ledger.parquet").to_pylist()
+    assert len(ledger) == 31
+    assert {row["id"]: row["reason"] for row in ledger if row["reason"]} == {"someone/small/train:31": "null text"}
+    first = next(row for row in ledger if row["id"] == "someone/small/train:1")
+    text = next(
+        row["text"]
+        for path in (data_folder(tmp_path) / "data").iterdir()
+        for row in pq.read_table(path).to_pylist()
+        if row["id"] == first["id"]
+    )
+    assert text == "Text 0 from the Hub.\n"
+
+
+def test_a_column_or_split_that_a_hub_dataset_lacks_is_named(tmp_path, hub_cache):
+    env = {"HF_DATASETS_CACHE": str(hub_cache), "HF_HUB_OFFLINE": "1"}
+    completed = cli("data", write_recipe(tmp_path, "someone/small"), env=env)
+    assert completed.returncode == 3
+    assert "no text column 'text'; it has content, label: set data.sources[0].text_column" in completed.stderr
+    source = {"path": "someone/small", "text_column": "content", "split": "dev"}
+    completed = cli("data", write_recipe(tmp_path, source), env=env)
+    assert completed.returncode == 2 and "dev" in completed.stderr
+
+
+def test_the_hub_lookup_gives_up_at_once_when_there_is_no_network():
+    from hfscratch.data import corpus, find_source
+
+    with pytest.raises(MachineError, match="not in the cache"):
+        corpus.load_from_hub(find_source("nobody/nothing"))
