@@ -101,7 +101,7 @@ def make_card(
         "## What was done to the text",
         "",
         "- Decoded as UTF-8 (a Python file as its coding cookie says; else as Windows-1252, with a note in the ledger)."
-        + "".join(f" {n:,} documents: {note}." for note, n in written.decoded.items()),
+        + "".join(f" {note.capitalize()}: {n:,}." for note, n in written.decoded.items()),
         "- Line ends made `\\n`, control characters but `\\n` and `\\t` removed, Unicode composed (NFC).",
     ]
     if chunk_chars is not None:

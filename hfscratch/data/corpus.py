@@ -68,16 +68,18 @@ class Plan:
     Attributes:
         prefixes: by a file's place, what its documents' ids begin with.
         size_bytes: of all files, as they lie on the disk.
+        num_parts: files and rows of Hub datasets, which is what tasks can share.
     """
 
     readers: list[Any]
     prefixes: list[str]
     size_bytes: int
+    num_parts: int
 
     @property
     def num_tasks(self) -> int:
         """Follows from the input alone, so that the shards are the same on every machine."""
-        return max(1, min(MAX_TASKS, self.size_bytes // TASK_BYTES))
+        return max(1, min(MAX_TASKS, self.num_parts, self.size_bytes // TASK_BYTES))
 
 
 def plan_reading(sources: Sequence[FoundSource]) -> Plan:
@@ -87,20 +89,22 @@ def plan_reading(sources: Sequence[FoundSource]) -> Plan:
     """
     readers: list[Any] = []
     prefixes: list[str] = []
-    size_bytes = 0
+    size_bytes = num_parts = 0
     for source in sources:
         if source.hub_id is not None:
             dataset = load_from_hub(source)
             readers.append(HubReader(source, dataset, len(prefixes)))
             prefixes.append(source.prefix(source.split))
-            size_bytes += dataset.dataset_size or dataset.data.nbytes
+            size_bytes += dataset.data.nbytes
+            num_parts += len(dataset)
             continue
         places = {file.name: len(prefixes) + number for number, file in enumerate(source.files)}
         prefixes += [source.prefix(printable(file.name)) for file in source.files]
         size_bytes += sum(file.size_bytes for file in source.files)
+        num_parts += len(source.files)
         made = (reader(source, places) for reader in READERS)
         readers += [reader for reader in made if reader.files]
-    return Plan(readers, prefixes, size_bytes)
+    return Plan(readers, prefixes, size_bytes, num_parts)
 
 
 def load_from_hub(source: FoundSource) -> Any:
@@ -233,7 +237,7 @@ def decide(
         for batch in _batches(path, columns, batch_size=65536)
     ]
     if not batches:
-        raise DataError(_nothing_usable(folder))
+        raise DataError(_nothing_usable(plan, folder))
     table = pa.Table.from_batches(batches).combine_chunks()
     file, number, piece = (table[name].to_numpy() for name in columns[1:])
     digests = np.array(table["sha256"].to_pylist(), dtype="S32")  # all are 32 long, so padding makes none equal
@@ -430,20 +434,22 @@ def _batches(path: Path, columns: Sequence[str], batch_size: int) -> Iterator[pa
             yield batch.select(list(columns))
 
 
-def _nothing_usable(folder: Path) -> str:
+def _nothing_usable(plan: Plan, folder: Path) -> str:
     """What was found where nothing could be used, with the remedy where we know one."""
+    positions = {reader.source.label: reader.source.position for reader in plan.readers}
     reasons: Counter[str] = Counter()
-    columns = None
+    remedy = ""
     for path in shards(folder / "dropped"):
-        for batch in _batches(path, ["reason", "note", "path"], batch_size=4096):
-            for reason, note, name in zip(*(batch[each].to_pylist() for each in batch.schema.names), strict=True):
-                reasons[reason] += 1
-                if reason == "no text column" and columns is None:
-                    columns = f"{name} has {note}"
+        for batch in _batches(path, ["reason", "source", "path", "note"], batch_size=4096):
+            reasons.update(batch["reason"].to_pylist())
+            wrong = batch.filter(pc.equal(batch["reason"], "no text column"))
+            if wrong.num_rows and not remedy:
+                row = wrong.slice(0, 1).to_pylist()[0]
+                key = f"data.sources[{positions[row['source']]}].text_column"
+                remedy = f"; {row['path']} has {row['note']}: set {key} to the one that holds the text"
     if not reasons:
         return "no document was found: the files hold no records"
     found = ", ".join(f"{count} × {reason}" for reason, count in reasons.most_common())
-    remedy = f"; {columns}: set data.sources[…].text_column to the one that holds the text" if columns else ""
     return f"none of {reasons.total()} documents can be used: {found}{remedy}"
 
 

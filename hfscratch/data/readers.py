@@ -126,10 +126,10 @@ class FileReader(CountingReader, BaseDiskReader):
                     reached = position
         except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
             if isinstance(error, OSError) and error.errno is not None:
-                failure = "unreadable"
+                failure, detail = "unreadable", error.strerror  # its own text would name a folder of this machine
             else:
-                failure = "broken parquet" if self.format == "parquet" else "broken gzip"
-            yield self.fail(filepath, place, number + 1 if number else 0, failure, size_bytes, error)
+                failure, detail = "broken parquet" if self.format == "parquet" else "broken gzip", str(error)
+            yield self.fail(filepath, place, number + 1 if number else 0, failure, size_bytes, detail)
         self.advance(size_bytes - reached)
 
     def read_open(self, path: str, place: int, size_bytes: int, file: BinaryIO) -> Iterator[Document]:

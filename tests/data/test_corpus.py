@@ -191,6 +191,7 @@ def test_nothing_bad_is_lost_and_nothing_good_with_it(prose, tmp_path):
     assert {"fine", "good one", "good two", "row", "lone � surrogate", "marked", "café au lait", "nul "} <= kept
     notes = {row["id"]: row["note"] for row in ledger}
     assert notes["prose/lines.jsonl:5"] == "columns: body"
+    assert notes["prose/gone.txt"] == "No such file or directory"
     assert notes["prose/lines.jsonl:11"] == "decoded as cp1252"
     assert len(ledger) == len({row["id"] for row in ledger})
 
@@ -267,7 +268,7 @@ def test_nothing_usable_says_what_was_found(tmp_path):
         build([folder], tmp_path / "a")
     message = str(caught.value)
     assert "none of 4 documents can be used: 3 × no text column, 1 × binary" in message
-    assert "columns: body, title" in message and "data.sources[…].text_column" in message
+    assert "columns: body, title" in message and "data.sources[0].text_column" in message
 
 
 def test_reading_goes_on_where_an_interrupted_run_stopped(prose, tmp_path, monkeypatch):

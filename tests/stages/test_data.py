@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import datasets
@@ -193,6 +198,31 @@ def test_nothing_usable_is_one_sentence_and_leaves_no_artifact(tmp_path):
     (tmp_path / "docs" / "a.jsonl").write_text('{"content": "x"}\n' * 5)
     sentence = fails(write_recipe(tmp_path, tmp_path / "docs"), 3)
     assert "5 × no text column" in sentence and "columns: content" in sentence
+
+
+def test_ctrl_c_is_one_sentence_and_leaves_no_artifact_and_the_relaunch_finishes(tmp_path):
+    (tmp_path / "docs").mkdir()
+    randomness = random.Random(0)
+    for number in range(6):
+        lines = [json.dumps({"text": randomness.randbytes(200).hex()}) + "\n" for _ in range(10_000)]
+        (tmp_path / "docs" / f"{number}.jsonl").write_text("".join(lines))
+    recipe_file = write_recipe(tmp_path, tmp_path / "docs", workers=2)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hfscratch", "data", str(recipe_file)],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not (tmp_path / "run" / ".work" / "data" / "reading").is_dir():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "Traceback" not in errors and errors.strip().splitlines()[-1].startswith("hfscratch: interrupted")
+    assert not data_folder(tmp_path).exists()
+    assert cli("data", recipe_file).returncode == 0
+    assert artifact.read_manifest(data_folder(tmp_path))["metrics"]["input_documents"] == 60_000
 
 
 @pytest.mark.parametrize(("content", "name"), [(b"", "empty.txt"), (b"", "empty.jsonl"), (b"\0\1", "binary.txt")])
