@@ -27,6 +27,8 @@ MAX_EPOCHS = 8
 HELD_OUT_BYTES = 1_000_000
 """About what validation and test are given each: more would only cost time."""
 MIN_HELD_OUT_DOCUMENTS = 4
+EVALUATE_S = 6.0
+"""Of the evaluate stage, what does not depend on the corpus: opening libraries, writing samples."""
 
 
 @dataclass(frozen=True)
@@ -97,15 +99,17 @@ def _plan(inspection: Inspection, minutes: float) -> _Plan:
     fraction = float(f"{fraction:.2g}")
     chunk_chars = None
     if inspection.num_documents * fraction < MIN_HELD_OUT_DOCUMENTS:
-        pieces = 3 * MIN_HELD_OUT_DOCUMENTS / fraction
+        pieces = 2 * MIN_HELD_OUT_DOCUMENTS / fraction
         chunk_chars = max(200, int(float(f"{size / pieces:.1g}")))
-    vocab_size = 2 ** round(math.log2(min(max(2.4 * math.sqrt(size), 512), 16384)))
+    vocab_size = 2 ** round(math.log2(min(max(2.4 * math.sqrt(size), 256), 16384)))
+    # A small text has few different words: it must be able to fill the vocabulary.
+    vocab_size = max(320, min(vocab_size, 256 + int(size / 200) // 64 * 64))
     bytes_per_token = 1.9 + 0.42 * math.log2(vocab_size / 512)
     corpus_tokens = int(size * (1 - 2 * fraction) / bytes_per_token)
-    sequence_length = 256 if corpus_tokens > 100_000 else 128 if corpus_tokens > 10_000 else 64
+    sequence_length = 256 if corpus_tokens > 100_000 else 128 if corpus_tokens > 5_000 else 64
 
-    fixed = _fixed_seconds(inspection, size, fraction)
-    available = max(minutes * 60 - sum(fixed.values()), 10.0)
+    fixed = _fixed_seconds(size)
+    available = max(minutes * 60 - sum(fixed.values()) - EVALUATE_S, 10.0)
     chosen: tuple[int, int, float] | None = None
     for depth in DEPTHS:
         parameters, per_s = _measure(depth, vocab_size, sequence_length)
@@ -134,13 +138,13 @@ def _plan(inspection: Inspection, minutes: float) -> _Plan:
         chunk_chars=chunk_chars,
         corpus_tokens=corpus_tokens,
         tokens_per_s=per_s,
-        seconds=fixed | {"pretrain": training, "evaluate": fixed["evaluate"] + 4 * held_out_tokens / per_s / 2},
+        seconds=fixed | {"pretrain": training, "evaluate": EVALUATE_S + 4 * held_out_tokens / per_s / 2},
     )
 
 
-def _fixed_seconds(inspection: Inspection, size: int, fraction: float) -> dict[str, float]:
+def _fixed_seconds(size: int) -> dict[str, float]:
     """Seconds of the stages whose time the corpus decides."""
-    return {"data": 2.0 + size / 15e6, "tokenizer": 2.0 + min(size, 200e6) / 7e6 + size / 6e6, "evaluate": 12.0}
+    return {"data": 2.0 + size / 15e6, "tokenizer": 2.0 + min(size, 200e6) / 7e6 + size / 6e6}
 
 
 def _measure(depth: int, vocab_size: int, sequence_length: int) -> tuple[int, float]:

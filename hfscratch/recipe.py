@@ -175,7 +175,10 @@ def annotated_fields(source: Path, class_name: str) -> dict[str, str]:
             return {
                 item.target.id: ast.unparse(item.annotation)
                 for item in node.body
-                if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+                if isinstance(item, ast.AnnAssign)
+                and isinstance(item.target, ast.Name)
+                and not item.target.id.startswith("_")
+                and not ast.unparse(item.annotation).startswith("ClassVar")
             }
     raise LookupError(f"{source} defines no class {class_name}")
 
