@@ -129,6 +129,8 @@ def build_config(
     divides = hidden_given and heads_given and hidden_given % heads_given == 0
     if "head_dim" in known and model_type != "scratch" and divides:
         values["head_dim"] = hidden_given // heads_given
+    if "is_decoder" in known:
+        values["is_decoder"] = True  # an encoder by birth (BERT and its kin) must be told not to look ahead
     if "max_position_embeddings" in known:
         values["max_position_embeddings"] = sequence_length
     aliases = _aliases(model_type)

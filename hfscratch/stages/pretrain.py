@@ -66,6 +66,8 @@ UNKEYED = {"report_to", "run_name", "dataloader_num_workers", "dataloader_pin_me
 DEFAULT_TOKENS_PER_PARAMETER = 20
 NUM_EVALUATIONS = 8
 MAX_EVAL_TOKENS = 32768
+PROBED_WIDTHS = 4096
+"""Models of up to this width times depth are built and tried before any stage works; larger ones when training starts."""
 COMPILE_PAYS_AFTER_MINUTES = 30
 """Compiling takes a minute or two on a CPU; on shorter runs it does not earn that back."""
 
@@ -214,7 +216,9 @@ def check(recipe: Recipe) -> None:
     tokenizer = recipe.sections.get("tokenizer")
     ids = {"pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1}
     config = _config(recipe, vocab_size=tokenizer.vocab_size if tokenizer else 4096, special_ids=ids)
-    _model_class(config)
+    model_class = _model_class(config)
+    if config.hidden_size * config.num_hidden_layers <= PROBED_WIDTHS:
+        _require_causal(model_class.from_config(config), recipe.section("pretrain").sequence_length)
     with contextlib.suppress(ImportError):
         _training_arguments(section, Path("unused"), recipe.seed, max_steps=100, rates=None, has_validation=True)
 
@@ -276,6 +280,8 @@ def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
     transformers.set_seed(recipe.seed)
     model = model_class.from_config(config, dtype=torch.float32)
     num_parameters = _num_parameters(model) or count_parameters(model)
+    if not _num_parameters(model):
+        _require_causal(model, section.sequence_length)
     budget = _budget(section, num_parameters, int(train_split.lengths.sum()), index.rows_per_epoch)
     if budget.rows_per_step % world_size:
         nearest = max(1, round(budget.rows_per_step / world_size)) * world_size * section.sequence_length
@@ -410,6 +416,7 @@ def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
     model.config.use_cache = True  # the Trainer switched it off for training; a user wants it
     probe = tokens.collate([train_rows[0]])["input_ids"]
     reference = _logits(model, probe.to(arguments.device))
+    ahead = _looks_ahead(model, probe.to(arguments.device))
     staging: Any = workspace.staging() if rank == 0 else contextlib.nullcontext(workspace.work / "staging")
     with staging as folder:
         _wait_for_everyone(world_size)
@@ -438,7 +445,14 @@ def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
                 folder,
                 section=key_fields(recipe),
                 inputs={"tokenizer": tokenizer_manifest["digest"]},
-                proofs=[_reload_proof(folder, probe, reference, model.dtype)],
+                proofs=[
+                    _reload_proof(folder, probe, reference, model.dtype),
+                    Proof(
+                        "no token sees those after it",
+                        ahead <= 1e-4 * max(1.0, reference.abs().max().item()),
+                        f"changing the second half of a row moves the logits of the first by {ahead:.1e} at most",
+                    ),
+                ],
                 metrics=metrics,
                 timings={"prepare": before_training, "train": train_seconds},
             )
@@ -482,6 +496,31 @@ def _model_class(config: Any) -> Any:
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise UsageError(f"model.type is '{config.model_type}', which has no causal language model in transformers")
     return AutoModelForCausalLM
+
+
+def _looks_ahead(model: Any, input_ids: Any) -> float:
+    """How far the logits of a row's first half move when its second half changes: 0 for a causal model."""
+    half = input_ids.shape[1] // 2
+    changed = input_ids.clone()
+    changed[:, half:] = (changed[:, half:] + 1) % model.config.vocab_size
+    return (_logits(model, changed)[:, :half] - _logits(model, input_ids)[:, :half]).abs().max().item()
+
+
+def _require_causal(model: Any, sequence_length: int) -> None:
+    """Raises: UsageError if the model cannot read a whole row, or sees tokens before it predicts them."""
+    import torch
+
+    ids = torch.randint(0, model.config.vocab_size, (1, sequence_length), generator=torch.Generator().manual_seed(0))
+    kind = model.config.model_type
+    try:
+        ahead = _looks_ahead(model, ids.to(model.device))
+    except (IndexError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(
+            f"model.type is '{kind}', which cannot read a row of {sequence_length} tokens: {reason}"
+        ) from error
+    if not ahead <= 1e-4:
+        raise UsageError(f"model.type is '{kind}', which sees the tokens that it is to predict; take a causal type")
 
 
 def _training_arguments(

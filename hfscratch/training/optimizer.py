@@ -1,8 +1,9 @@
 """AdamW with a learning rate per role: the setting that was measured to matter most (docs/log.md).
 
 A parameter's role is found by structure, not by name, so stock architectures get the same treatment:
-`embedding` (tables looked up by id), `head` (the output matrix, also where it is the embedding too: what is read out
-of must move slowly), `matrix` (every other weight of two or more dimensions), `rest` (norms, biases, scalars).
+`embedding` (the table that token ids are looked up in), `head` (the output matrix, also where it is the embedding too:
+what is read out of must move slowly), `matrix` (every other weight of two or more dimensions), `rest` (norms, biases,
+scalars, and tables of positions, which at the embedding's rate would drown the tokens that they are added to).
 """
 
 from __future__ import annotations
@@ -30,14 +31,17 @@ def roles(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Every trainable parameter once, under its role."""
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    words = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     found: dict[str, list[nn.Parameter]] = {role: [] for role in ROLES}
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
         if output is not None and parameter is getattr(output, "weight", None):
             role = "head"
-        elif id(parameter) in tables:
+        elif words is not None and parameter is words.weight:
             role = "embedding"
+        elif id(parameter) in tables:
+            role = "rest"
         else:
             role = "matrix" if _ndim(parameter) >= 2 else "rest"
         found[role].append(parameter)

@@ -269,3 +269,32 @@ def test_a_batch_that_does_not_divide_over_the_processes_is_refused_with_the_nea
     assert done.returncode != 0
     assert "4 rows do not divide over 3 processes; the nearest value that does is 192" in done.stderr
     assert 'Traceback (most recent call last):\n  File "' + str(ROOT) not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "model", ["{type: gpt2, n_layer: 1, n_head: 2}", "{type: llama, depth: 1}", "{type: bert, depth: 1}"]
+)
+def test_a_stock_type_learns_more_than_how_often_each_token_occurs(run_folder, model):
+    """At the default rates of its roles it must end below the entropy of single tokens."""
+    import numpy as np
+
+    from hfscratch.tokens import TokenizedSplit
+
+    metrics = pretrain(run_folder, f"model={model}", "model.hidden_size=64", "pretrain.max_steps=250")
+    split = TokenizedSplit(run_folder / "run" / "tokenizer" / "tokens", "train")
+    counts = np.bincount(np.concatenate([split.read(i, 0, n) for i, n in enumerate(split.lengths)]))
+    shares = counts[counts > 0] / counts.sum()
+    entropy = -(shares * np.log(shares)).sum()
+    assert min(row["eval_loss"] for row in metrics["history"] if "eval_loss" in row) < entropy - 0.3
+
+
+@pytest.mark.parametrize(
+    ("model", "said"), [("{type: roberta, depth: 1}", "cannot read a row"), ("{type: xlnet, depth: 1}", "")]
+)
+def test_a_model_that_looks_ahead_or_cannot_read_a_row_is_refused_before_any_work(tiny_recipe, model, said):
+    done = cli("run", tiny_recipe, f"model={model}")
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "model" in done.stderr
+    assert said in done.stderr
+    assert not (tiny_recipe.parent / "run" / "data").exists()
