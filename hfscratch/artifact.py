@@ -146,11 +146,13 @@ class Workspace:
         out: the run folder.
         stage: the stage's name.
         key: the stage's freshness key, written to the manifest.
+        is_stale: whether there is something to do; only a stage that runs on several processes is called without.
     """
 
     out: Path
     stage: str
     key: str = ""
+    is_stale: bool = True
 
     @property
     def final(self) -> Path:
@@ -245,14 +247,12 @@ def _swap_in(final: Path, ready: Path, old: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON aside and renames it, so that a reader sees the old file or the new one."""
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    aside.replace(path)
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
     """Writes text aside and renames it."""
-    aside = path.with_name(path.name + ".part")
+    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
     aside.write_text(text, encoding="utf-8")
     aside.replace(path)
 

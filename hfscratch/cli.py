@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from hfscratch import __version__
-from hfscratch.errors import HfscratchError, MachineError, Terminated
+from hfscratch.errors import DataError, HfscratchError, MachineError, Terminated, UsageError
 
 DESCRIPTION = "From raw text to a language model of your own that every Hugging Face tool can load."
 EPILOG = """\
@@ -51,16 +51,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        arguments = _parser(argv).parse_args(argv)
+        arguments = _parse(argv)
         _prepare()
         return arguments.command(arguments)
     except HfscratchError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
+        # Under `python -m`, CPython ends with the signal instead of our code if it arrived inside an exec(); an exec
+        # that ends well makes it forget.
+        exec("")
         return _fail("interrupted; the same command goes on from the last finished stage or checkpoint", 130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as error:
         known = _machine_error(error)
         if known is None:
@@ -69,9 +69,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str, exit_code: int) -> int:
-    sys.stdout.flush()
-    print(f"hfscratch: {message}", file=sys.stderr)
+    """Says what is wrong; under a launcher, what all processes would say is said by the first."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank == 0 or exit_code not in (UsageError.exit_code, DataError.exit_code):
+        print(f"hfscratch: {message}" + (f" (process {rank})" if rank else ""), file=sys.stderr)
     return exit_code
+
+
+def _print(text: str = "", end: str = "\n") -> None:
+    """Prints at once; a reader that has gone (`| head`) is no error."""
+    try:
+        print(text, end=end, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _terminate(signum: int, frame: Any) -> None:
@@ -114,6 +124,18 @@ def _prepare() -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The parser
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parses a command; `key=value` words may stand before or behind options."""
+    parser = _parser(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    foreign = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(arguments, "overrides")]
+    if foreign:
+        parser.error(f"unrecognized arguments: {' '.join(foreign)}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
 
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
@@ -217,27 +239,30 @@ def _run(arguments: argparse.Namespace) -> int:
     if int(os.environ.get("RANK", 0)) != 0:
         return 0
     report = loaded.out / "report.html"
-    if not report.exists() or not all(result.was_fresh for result in results):
+    if not pipeline.is_report_fresh(loaded.out):
         from hfscratch import reporting
 
         reporting.write(loaded.out)
+        pipeline.note_report(loaded.out)
     for result in results:
-        print(
+        _print(
             f"{result.stage}: " + ("fresh, nothing to do" if result.was_fresh else f"done in {_time(result.seconds)}")
         )
         if arguments.stage:
             _print_table(result.rows)
     if not arguments.stage:
         _print_summary(loaded.out, arguments.recipe, time.perf_counter() - started)
-    print(f"report: {report}")
+    _print(f"report: {report}")
     return 0
 
 
 def _print_summary(out: Path, recipe_name: str, seconds: float) -> None:
     """The table, the proofs, the samples and the next commands: what stands in the run folder, whoever made it."""
-    from hfscratch import pipeline
+    from hfscratch import pipeline, reporting
 
     manifests = pipeline.manifests(out)
+    notes = reporting.outdated(manifests)
+    manifests = {stage: manifest for stage, manifest in manifests.items() if stage not in notes}
     rows: list[tuple[str, str]] = []
     if "data" in manifests:
         metrics = manifests["data"]["metrics"]
@@ -266,36 +291,33 @@ def _print_summary(out: Path, recipe_name: str, seconds: float) -> None:
                         rows.append((f"{unit}, {split}", f"{splits[split][name]:.3f} ({model})"))
             if "parses" in splits:
                 parses = splits["parses"]
-                cut = parses["reference_share"]
-                rows.append(
-                    (
-                        "parses as Python",
-                        f"{parses['share']:.1%} of samples"
-                        + (f"; {cut:.1%} of real text cut alike" if cut is not None else ""),
-                    )
-                )
-    print()
+                cut, of = parses["reference_share"], f"of {parses['num_references']} documents cut alike"
+                shares = f"{parses['share']:.1%} of {parses['num_samples']} samples"
+                rows.append(("parses as Python", shares + (f"; {cut:.1%} {of}" if cut is not None else "")))
+    _print()
     _print_table(rows)
-    print("\nproofs")
+    for note in notes.values():
+        _print(f"  {note}")
+    _print("\nproofs")
     for stage, manifest in manifests.items():
         for proof in manifest["proofs"]:
-            print(f"  {'holds ' if proof['holds'] else 'FAILED'}  {stage}: {proof['claim']} ({proof['evidence']})")
+            _print(f"  {'holds ' if proof['holds'] else 'FAILED'}  {stage}: {proof['claim']} ({proof['evidence']})")
     if "evaluate" in manifests:
         samples = json.loads((out / "evaluate" / "samples.json").read_text(encoding="utf-8"))
         for number, sample in enumerate(samples[:3], 1):
-            print(f"\nsample {number}")
+            _print(f"\nsample {number}")
             text = sample["prompt"] + sample["text"] if "prompt" in sample else sample["text"]
-            print(textwrap.indent("\n".join(text.strip("\n").splitlines()[:12]), "  | ", lambda line: True))
-    print(f"\nthis run: {_time(seconds)}")
+            _print(textwrap.indent("\n".join(text.strip("\n").splitlines()[:12]), "  | ", lambda line: True))
+    _print(f"\nthis run: {_time(seconds)}")
     if "pretrain" in manifests:
-        print(f'try it:         hfscratch generate {out / "pretrain"} "def "')
-    print("your own text:  hfscratch init my_docs/ && hfscratch run my_docs.yaml")
+        _print(f'try it:         hfscratch generate {out / "pretrain"} "def "')
+    _print("your own text:  hfscratch init my_docs/ && hfscratch run my_docs.yaml")
 
 
 def _print_table(rows: Sequence[tuple[str, str]]) -> None:
     width = max((len(label) for label, _ in rows), default=0)
     for label, value in rows:
-        print(f"  {label:<{width}}  {value}")
+        _print(f"  {label:<{width}}  {value}")
 
 
 def _time(seconds: float) -> str:
@@ -312,8 +334,8 @@ def _init(arguments: argparse.Namespace) -> int:
         text_column=arguments.text_column,
         force=arguments.force,
     )
-    print(written.summary)
-    print(f"\nwrote {written.path}; look at it, then:  hfscratch run {written.path}")
+    _print(written.summary)
+    _print(f"\nwrote {written.path}; look at it, then:  hfscratch run {written.path}")
     return 0
 
 
@@ -321,8 +343,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     from hfscratch import serving
 
     model, tokenizer = serving.load_model(arguments.model, trust_remote_code=arguments.trust_remote_code)
-    print(arguments.prompt, end="", flush=True)
-    for piece in serving.stream(
+    pieces = serving.stream(
         model,
         tokenizer,
         arguments.prompt,
@@ -330,7 +351,9 @@ def _generate(arguments: argparse.Namespace) -> int:
         temperature=arguments.temperature,
         top_p=arguments.top_p,
         seed=arguments.seed,
-    ):
-        print(piece, end="", flush=True)
-    print()
+    )
+    _print(arguments.prompt, end="")
+    for piece in pieces:
+        _print(piece, end="")
+    _print()
     return 0

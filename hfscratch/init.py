@@ -79,7 +79,7 @@ def write_recipe(
     """
     from hfscratch import data
 
-    if minutes <= 0:
+    if not 0 < minutes < math.inf:
         raise UsageError(f"--minutes is {minutes:g}; it must be positive")
     source = Path(path)
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", source.resolve().name.split(".")[0]).strip("-") or "corpus"
@@ -92,7 +92,7 @@ def write_recipe(
     if inspection.num_bytes == 0:
         raise DataError(f"{path} holds no text")
     plan = _plan(inspection, minutes)
-    write_text(output, _yaml(name, path, inspection, plan))
+    write_text(output, _yaml(name, path, output, inspection, plan))
     return Written(output, _summary(path, inspection, plan))
 
 
@@ -190,13 +190,13 @@ def _measure(depth: int, vocab_size: int, sequence_length: int) -> tuple[int, fl
     return count_parameters(model), rows * sequence_length / seconds
 
 
-def _yaml(name: str, path: str, inspection: Inspection, plan: _Plan) -> str:
+def _yaml(name: str, path: str, output: Path, inspection: Inspection, plan: _Plan) -> str:
     """The recipe, with the reason at each choice."""
     epochs = plan.max_tokens / plan.corpus_tokens
     column = inspection.text_column
-    source = [f"    - path: {_quote(path)}"]
+    source = [f"    - path: {json.dumps(path, ensure_ascii=False)}"]
     if column and column != "text":
-        source.append(f"      text_column: {_quote(column)}")
+        source.append(f"      text_column: {json.dumps(column, ensure_ascii=False)}")
     if plan.chunk_chars:
         chunk = [
             f"  chunk_chars: {plan.chunk_chars}",
@@ -216,9 +216,9 @@ def _yaml(name: str, path: str, inspection: Inspection, plan: _Plan) -> str:
         f"# Sized for this machine to take about {_seconds(60 * plan.minutes)} in all ("
         + ", ".join(f"{stage} {_seconds(seconds)}" for stage, seconds in plan.seconds.items())
         + ").",
-        f"# Run it with:  hfscratch run {name}.yaml      Every key is explained by:  hfscratch data --help  and so on.",
-        f"name: {name}",
-        f"out: runs/{name}",
+        f"# Run it with:  hfscratch run {output}      Every key is explained by:  hfscratch data --help  and so on.",
+        f"name: {json.dumps(name)}",
+        f"out: {json.dumps(f'runs/{name}')}",
         "seed: 0",
         "data:",
         "  sources:",
@@ -256,10 +256,6 @@ def _summary(path: str, inspection: Inspection, plan: _Plan) -> str:
         shown = " ".join(sample.split())
         lines.append(f"  sample    {shown[:90]}{'…' if len(shown) > 90 else ''}")
     return "\n".join(lines)
-
-
-def _quote(text: str) -> str:
-    return text if re.fullmatch(r"[\w./~][\w./~-]*", text) else json.dumps(text, ensure_ascii=False)
 
 
 def _size(num_bytes: float) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from hfscratch import artifact
+import yaml
+
+from hfscratch import __version__, artifact
 from hfscratch.artifact import Workspace
 from hfscratch.errors import UsageError
 from hfscratch.recipe import Recipe, to_yaml
@@ -87,21 +90,65 @@ def run(
             lock = artifact.run_lock(recipe.out)
     with lock:
         if rank == 0:
-            for stage in stages:
+            for stage in STAGES:
                 artifact.recover(recipe.out, stage)
         checked = False
         results = []
         for stage in stages:
-            if stage in forced or _stale(recipe, stage):
-                if not checked:
-                    _check(recipe, stages)
-                    checked = True
-                results.append(_run_stage(recipe, stage, rank))
+            is_stale = stage in forced or _stale(recipe, stage)
+            if is_stale and not checked:
+                _check(recipe, stages)
+                checked = True
+            if is_stale or _is_shared(stage):
+                results.append(_run_stage(recipe, stage, rank, is_stale=is_stale, from_nothing=stage in forced))
             else:
                 results.append(StageResult(stage, [], True, 0.0))
-        if rank == 0 and not all(result.was_fresh for result in results):
-            artifact.write_text(recipe.out / "recipe.yaml", to_yaml(recipe))
+        if rank == 0 and recipe.out.is_dir():
+            _save_recipe(recipe, stages)
     return results
+
+
+def _is_shared(stage: str) -> bool:
+    """Whether the stage runs on several processes, of which the first decides for all what there is to do."""
+    return stage in COLLECTIVE and int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def _save_recipe(recipe: Recipe, stages: Sequence[str]) -> None:
+    """Writes `<out>/recipe.yaml`: what the artifacts that stand there were made by, section by section."""
+    path = recipe.out / "recipe.yaml"
+    ours = {name for stage in stages for name in stage_module(stage).SECTIONS}
+    try:
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, yaml.YAMLError):
+        before = {}
+    now = yaml.safe_load(to_yaml(recipe))
+    kept = {name: before[name] for name in sections() if name in before and name not in ours}
+    top = {name: value for name, value in now.items() if name not in sections()}
+    merged = top | {
+        name: kept.get(name, now.get(name)) for name in sections() if name in kept or name in ours & now.keys()
+    }
+    text = yaml.safe_dump(merged, sort_keys=False, allow_unicode=True, width=120)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        artifact.write_text(path, text)
+
+
+def _report_key(out: Path) -> str:
+    recipe = out / "recipe.yaml"
+    text = recipe.read_text(encoding="utf-8") if recipe.exists() else ""
+    return artifact.digest_json({"recipe": text, "manifests": manifests(out), "version": __version__})
+
+
+def is_report_fresh(out: Path) -> bool:
+    """Whether the report shows the artifacts that stand in a run folder now."""
+    note = out / ".work" / "report.json"
+    if not note.exists() or not (out / "report.html").exists():
+        return False
+    return note.read_text(encoding="utf-8").strip() == f'"{_report_key(out)}"'
+
+
+def note_report(out: Path) -> None:
+    """Notes what the report that was just written shows."""
+    artifact.write_json(out / ".work" / "report.json", _report_key(out))
 
 
 def _check(recipe: Recipe, stages: Sequence[str]) -> None:
@@ -136,20 +183,25 @@ def _stale(recipe: Recipe, stage: str) -> bool:
     return manifest["key"] != _key(recipe, stage)
 
 
-def _run_stage(recipe: Recipe, stage: str, rank: int) -> StageResult:
+def _run_stage(recipe: Recipe, stage: str, rank: int, *, is_stale: bool, from_nothing: bool) -> StageResult:
     module = stage_module(stage)
-    workspace = Workspace(recipe.out, stage)
-    for name in module.INPUTS:
-        workspace.input(name)  # names the missing one
+    workspace = Workspace(recipe.out, stage, is_stale=is_stale)
     started = time.perf_counter()
-    workspace.key = _key(recipe, stage) or ""
+    if rank == 0:
+        for name in module.INPUTS:
+            workspace.input(name)  # names the missing one
+        if from_nothing:
+            shutil.rmtree(workspace.work, ignore_errors=True)
+    while (key := _key(recipe, stage)) is None:  # only while the first process recovers or makes an input
+        time.sleep(POLL_S)
+    workspace.key = key
     if rank == 0 or stage in COLLECTIVE:
         rows = module.run(recipe, workspace)
     else:
         while _stale(recipe, stage):
             time.sleep(POLL_S)
         rows = []
-    return StageResult(stage, rows, False, time.perf_counter() - started)
+    return StageResult(stage, rows, not is_stale, time.perf_counter() - started)
 
 
 def manifests(out: Path) -> dict[str, dict[str, Any]]:

@@ -257,10 +257,13 @@ def _items(node: yaml.MappingNode, source: str, prefix: str) -> list[tuple[str, 
     return list(seen.items())
 
 
-def _plain(node: yaml.Node) -> Any:
+def _plain(node: yaml.Node, source: str) -> Any:
     """A node as plain Python values, as `yaml.safe_load` would give them."""
-    constructor = yaml.constructor.SafeConstructor()
-    return constructor.construct_document(node)
+    try:
+        return yaml.constructor.SafeConstructor().construct_document(node)
+    except (yaml.YAMLError, ValueError) as error:
+        reason = getattr(error, "problem", None) or error
+        raise UsageError(f"{_where(source, node)}: {_show(node)} is no value that YAML knows: {reason}") from None
 
 
 def _convert(node: yaml.Node, kind: Any, key: str, source: str) -> Any:
@@ -290,10 +293,10 @@ def _convert(node: yaml.Node, kind: Any, key: str, source: str) -> Any:
     if origin is dict or kind is dict:
         if not isinstance(node, yaml.MappingNode):
             raise UsageError(f"{where}: {key} is {_show(node)}; it must be a mapping, as in {key}: {{a: 1}}")
-        return _plain(node)
+        return _plain(node, source)
     if not isinstance(node, yaml.ScalarNode):
         raise UsageError(f"{where}: {key} is {_show(node)}; it must be {_name(kind)}")
-    value = _plain(node)
+    value = _plain(node, source)
     if origin is Literal:
         options = list(typing.get_args(kind))
         value = node.value if isinstance(value, bool) and node.value in options else value
@@ -373,13 +376,14 @@ def _section(node: yaml.Node, cls: type, key: str, source: str) -> Any:
 
 def _foreign(node: yaml.Node, annotation: str, key: str, source: str) -> Any:
     """The value of a key that belongs to somebody else, checked by the words of its annotation."""
-    value = _plain(node)
+    value = _plain(node, source)
     if "Any" in annotation or not isinstance(node, yaml.ScalarNode) or value is None:
         return value
     kinds: set[type] = {kind for kind in (int, float, str, bool) if kind.__name__ in annotation.replace("[str", "")}
     if not kinds or (str in kinds and isinstance(value, str)):
         return value
-    return _scalar(value, node, kinds, key, _where(source, node))
+    checked = _scalar(value, node, kinds, key, _where(source, node))
+    return value if isinstance(value, int) and not isinstance(checked, str) else checked  # 5 steps stay 5, not 5.0
 
 
 def _name(kind: Any) -> str:

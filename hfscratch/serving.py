@@ -20,14 +20,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hfscratch.errors import MachineError, UsageError
+from hfscratch.errors import HfscratchError, MachineError, UsageError
 
 logger = logging.getLogger(__name__)
 
 HUB_TIMEOUT_S = 10
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-# What the libraries raise at folders that are damaged one way or another.
-_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -51,14 +49,16 @@ def load_model(folder_or_id: str | Path, *, trust_remote_code: bool = False) -> 
             if Path(source).is_dir():
                 _check_config_file(Path(source), trust_remote_code)
             config = AutoConfig.from_pretrained(source, **options)
-        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not _brings_causal_code(config, trust_remote_code):
-            raise UsageError(f"{source} is of model type '{config.model_type}', which is not a causal language model")
-        if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and config.architectures:
-            causal = getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "__name__", "")
-            if causal and causal not in config.architectures:
+            if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not _brings_causal_code(config, trust_remote_code):
                 raise UsageError(
-                    f"{source} holds a {config.architectures[0]}, which cannot write text; that takes a {causal}"
+                    f"{source} is of model type '{config.model_type}', which is not a causal language model"
                 )
+            if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and config.architectures:
+                causal = getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "__name__", "")
+                if causal and causal not in config.architectures:
+                    raise UsageError(
+                        f"{source} holds a {config.architectures[0]}, which cannot write text; that takes a {causal}"
+                    )
         on_gpu = torch.cuda.is_available()
         with _reading(source, "the weights (model.safetensors; other formats are not opened)"):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -84,14 +84,13 @@ def load_model(folder_or_id: str | Path, *, trust_remote_code: bool = False) -> 
             raise UsageError(f"{source} has no tokenizer; put its tokenizer.json and tokenizer_config.json there")
         with _reading(source, "the tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    rows = model.get_input_embeddings().weight.shape[0]
-    highest = max(tokenizer.get_vocab().values(), default=-1)
-    if not 0 <= highest < rows:
-        raise UsageError(
-            f"the tokenizer of {source} has ids up to {highest} and the model has {rows} embeddings; "
-            "they do not belong together"
-        )
-    return model.to("cuda" if on_gpu else "cpu").eval(), tokenizer
+            _check_tokenizer(source, model, tokenizer)
+        with _reading(source, "generation_config.json"):
+            model.generation_config = _special_ids_alone(source, model.generation_config)
+        model.to("cuda" if on_gpu else "cpu").eval()
+        with _reading(source, "a value of config.json"):
+            _write_one_token(source, model)
+    return model, tokenizer
 
 
 def stream(
@@ -137,8 +136,16 @@ def stream(
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     """The prompt's token ids, behind the beginning-of-text token where the tokenizer has one.
 
-    Raises: UsageError for an empty prompt if the tokenizer has no token to begin a text with.
+    Raises: UsageError for an empty prompt if the tokenizer has no token to begin a text with, or a prompt with bytes
+    that are no text.
     """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # Python's stand-ins for bytes that it could not decode, which no file holds
+        raise UsageError(
+            f"the prompt is not valid UTF-8: its character {error.start + 1} is {prompt[error.start]!r}; "
+            "give it as UTF-8 text"
+        ) from None
     ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"] if prompt else []
     begin = tokenizer.bos_token_id
     if begin is None and not ids:
@@ -231,10 +238,12 @@ def _hub_has(name: str) -> bool:
     Raises: UsageError if the Hub does not have it (or not for us); MachineError if nobody can say.
     """
     import huggingface_hub
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     try:
         huggingface_hub.model_info(name, timeout=HUB_TIMEOUT_S)
+    except HFValidationError:
+        raise UsageError(f"there is no model folder at {name}, and that cannot be a name on the Hub") from None
     except GatedRepoError:
         raise UsageError(f"{name} on the Hub asks for permission; request it there, then run `hf auth login`") from None
     except RepositoryNotFoundError:
@@ -272,17 +281,67 @@ def _brings_causal_code(config: Any, trust_remote_code: bool) -> bool:
     return trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
 
 
+def _check_tokenizer(source: str, model: Any, tokenizer: Any) -> None:
+    """Raises: UsageError if it is not the model's, or has a limit that is no number."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    highest = max(tokenizer.get_vocab().values(), default=-1)
+    if not 0 <= highest < rows:
+        raise UsageError(
+            f"the tokenizer of {source} has ids up to {highest} and the model has {rows} embeddings; "
+            "they do not belong together"
+        )
+    limit = tokenizer.model_max_length
+    if not isinstance(limit, int | float):
+        raise UsageError(f"{source}/tokenizer_config.json: model_max_length is {limit!r}; it must be a number")
+
+
+def _special_ids_alone(source: str, settings: Any) -> Any:
+    """Generation settings with the folder's special ids and nothing else of it.
+
+    A repetition penalty or a minimum probability of the folder's would make what we say of `temperature` and `top_p`
+    untrue. Raises: UsageError for ids that are none.
+    """
+    from transformers import GenerationConfig
+
+    ids = {name: getattr(settings, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    for name, value in ids.items():
+        if value is not None and not all(isinstance(each, int) for each in (value if type(value) is list else [value])):
+            raise UsageError(f"{source}: {name} is {value!r}; it must be a token id, or a list of them")
+    return GenerationConfig(**ids)
+
+
+def _write_one_token(source: str, model: Any) -> None:
+    """Tries what loading does not: values that are read by the first forward pass only. Raises: UsageError for NaN."""
+    import torch
+
+    output = model.generate(
+        torch.zeros((1, 1), dtype=torch.long, device=model.device),
+        attention_mask=torch.ones((1, 1), dtype=torch.long, device=model.device),
+        max_new_tokens=1,
+        do_sample=False,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    if output.logits[0].isnan().any():
+        raise UsageError(f"{source} computes no numbers (NaN): its weights are damaged, or its training diverged")
+
+
 @contextlib.contextmanager
 def _reading(source: str, what: str) -> Iterator[None]:
-    """Turns what the libraries raise at a damaged or incomplete folder into one sentence."""
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
+    """Turns what the libraries raise at a damaged or incomplete folder into one sentence.
+
+    Every `Exception` is meant: with fuzzed files there is hardly a kind that they do not raise.
+    """
+    import torch
 
     try:
         yield
+    except (HfscratchError, MemoryError, torch.OutOfMemoryError):
+        raise
     except ImportError as error:
         raise MachineError(f"{source} needs a library that is missing: {_first_line(error)}") from error
-    except (*_DAMAGE, StrictDataclassError, SafetensorError) as error:
+    except Exception as error:
         if "trust_remote_code=True" in str(error):
             raise UsageError(
                 f"{source} needs its own Python code to run; read that code, and pass --trust-remote-code if you trust "

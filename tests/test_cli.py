@@ -61,6 +61,11 @@ def test_every_stage_has_a_verb_and_every_verb_is_in_the_help():
     assert cli("--version").stdout.strip() == f"hfscratch {__version__}"
 
 
+def test_overrides_may_stand_behind_options(finished_run, tmp_path):
+    refuse(cli("run", finished_run / "tiny.yaml", "--force", f"out={tmp_path}", "seed=-3"), 2, "seed is -3")
+    assert cli("run", finished_run / "tiny.yaml", "--wrong", "out=x").returncode == 2
+
+
 def test_bad_usage_exits_2():
     assert cli().returncode == 2
     assert cli("runn").returncode == 2

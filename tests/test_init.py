@@ -61,6 +61,16 @@ def test_a_folder_of_records_names_its_column_and_is_not_cut(tmp_path):
     assert "400 documents" in written.summary
 
 
+def test_names_that_yaml_would_read_as_something_else_are_quoted(tmp_path):
+    for name in ("2024", "null", "no"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "a.txt").write_text(prose(30_000))
+        written = init.write_recipe(str(folder), output=tmp_path / "x.yaml", minutes=1, force=True)
+        assert load(written.path).name == name
+        assert str(written.path) in written.path.read_text()
+
+
 def test_a_corpus_of_python_is_judged_by_whether_samples_parse(corpus, tmp_path):
     written = init.write_recipe(str(corpus), output=tmp_path / "x.yaml", minutes=2)
     assert "parses" in load(written.path).sections["evaluate"].metrics
@@ -90,3 +100,5 @@ def test_what_cannot_be_done_is_one_sentence(tmp_path):
     assert (tmp_path / "a.yaml").read_text() == "precious"
     with pytest.raises(UsageError, match="--minutes is -1"):
         init.write_recipe(str(tmp_path / "a.txt"), output=tmp_path / "b.yaml", minutes=-1)
+    with pytest.raises(UsageError, match="--minutes is inf"):
+        init.write_recipe(str(tmp_path / "a.txt"), output=tmp_path / "b.yaml", minutes=float("inf"))

@@ -94,6 +94,26 @@ def test_a_touched_source_is_still_fresh_and_a_changed_one_is_not(tmp_path, corp
     assert ran(tmp_path, stages=["data"]) == ["data"]
 
 
+def test_a_kill_between_the_last_artifact_and_the_report_is_made_good_by_the_next_run(run_copy):
+    run = run_copy / "run"
+    recipe = load(run_copy / "tiny.yaml", f"out={run}", "evaluate.num_samples=1")
+    pipeline.run(recipe)  # as if killed before the command line wrote the report
+    (run / "recipe.yaml").unlink()
+    done = cli("run", run_copy / "tiny.yaml", f"out={run}", "evaluate.num_samples=1")
+    assert done.stdout.count("fresh, nothing to do") == 4
+    assert pipeline.is_report_fresh(run)
+    assert "num_samples: 1" in (run / "recipe.yaml").read_text()
+    assert "num_samples: 1" in (run / "report.md").read_text()
+
+
+def test_a_single_verb_leaves_the_other_sections_of_the_saved_recipe_as_they_were_run(run_copy):
+    ran(run_copy)
+    ran(run_copy, "pretrain.max_steps=12", "tokenizer.vocab_size=400", stages=["pretrain"])
+    saved = (run_copy / "run" / "recipe.yaml").read_text()
+    assert "vocab_size: 512" in saved
+    assert "max_steps: 12" in saved
+
+
 def test_from_and_force_run_what_they_say(run_copy):
     assert ran(run_copy, start="evaluate") == ["evaluate"]
     assert ran(run_copy, stages=["tokenizer"], force=True) == ["tokenizer"]

@@ -9,10 +9,12 @@ import threading
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from hfscratch.errors import HfscratchError, MachineError, UsageError
 from hfscratch.serving import load_model, prompt_ids, stream
 from tests.evaluation.small_model import CONTEXT, make_model, make_tokenizer, save
+from tests.evaluation.without_network import without_network
 
 FOREIGN_CODE = """
 from pathlib import Path
@@ -49,6 +51,12 @@ def damage_config(folder, **values):
     edit(folder / "config.json", **values)
 
 
+def spoil_weights(folder, value):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"].fill_(value)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading
 
@@ -80,6 +88,12 @@ DAMAGES = {
     "wrong type": (lambda f: damage_config(f, hidden_size="x"), "config.json cannot be read: .*hidden_size"),
     "encoder-decoder": (lambda f: damage_config(f, model_type="t5"), "'t5', which is not a causal language model"),
     "headless": (lambda f: damage_config(f, architectures=["LlamaModel"]), "holds a LlamaModel, which cannot write"),
+    "a type that is a list": (lambda f: damage_config(f, dtype=[]), "config.json cannot be read"),
+    "architectures that are a number": (lambda f: damage_config(f, architectures=1.5), "config.json cannot be read"),
+    "a window that is a word": (
+        lambda f: damage_config(f, sliding_window="x"),
+        "a value of config.json cannot",
+    ),
     "another shape": (lambda f: damage_config(f, intermediate_size=80), "in another shape"),
     "missing tensors": (lambda f: damage_config(f, num_hidden_layers=3), "lack 9 of the tensors"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "the weights .* cannot be read"),
@@ -90,6 +104,31 @@ DAMAGES = {
     ),
     "no tokenizer": (lambda f: [p.unlink() for p in f.glob("tokenizer*")], "has no tokenizer"),
     "broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), "the tokenizer cannot be read"),
+    "a tokenizer's vocabulary that is a word": (
+        lambda f: edit(f / "tokenizer.json", model={"type": "BPE", "vocab": "x", "merges": []}),
+        "the tokenizer cannot be read",
+    ),
+    "an end token that is a word": (
+        lambda f: edit(f / "generation_config.json", eos_token_id="x"),
+        "eos_token_id is 'x'; it must be a token id",
+    ),
+    "an end token that is a mapping": (
+        lambda f: edit(f / "generation_config.json", eos_token_id={}),
+        "eos_token_id is {}; it must be a token id",
+    ),
+    "end tokens that are words": (
+        lambda f: edit(f / "generation_config.json", eos_token_id=[1, "x"]),
+        "eos_token_id is .* or a list of them",
+    ),
+    "a first token that is a word": (
+        lambda f: edit(f / "generation_config.json", bos_token_id="x"),
+        "bos_token_id is 'x'",
+    ),
+    "a length that is a word": (
+        lambda f: edit(f / "tokenizer_config.json", model_max_length="x"),
+        "model_max_length is 'x'; it must be a number",
+    ),
+    "weights that are no numbers": (lambda f: spoil_weights(f, float("nan")), "computes no numbers"),
     "another tokenizer": (lambda f: make_tokenizer(310).save_pretrained(f), "they do not belong together"),
     "an adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "holds an adapter"),
 }
@@ -120,7 +159,13 @@ def test_a_missing_library_is_the_machines_fault(folder):
         load_model(folder)
 
 
-@pytest.mark.parametrize("name", ["./nope", "nope/nope/nope", "", "-x"])
+def test_settings_of_the_folder_do_not_change_what_temperature_and_top_p_mean(folder, model, tokenizer):
+    edit(folder / "generation_config.json", repetition_penalty=50.0, no_repeat_ngram_size=1, max_length=3, min_p=0.9)
+    loaded, _ = load_model(folder)
+    assert write(loaded, tokenizer, temperature=0) == write(model, tokenizer, temperature=0)
+
+
+@pytest.mark.parametrize("name", ["./nope", "nope/nope/nope", "", "-x", "a--b", "a..b", "é/é", "a" * 120])
 def test_what_is_neither_folder_nor_name_is_refused(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=r"no model folder|is not a model folder"):
@@ -132,9 +177,17 @@ def test_a_file_is_refused(folder):
         load_model(folder / "config.json")
 
 
-def test_a_hub_name_without_network_is_the_machines_fault():
+def test_a_hub_name_in_offline_mode_is_the_machines_fault():
     with pytest.raises(MachineError, match="the Hub cannot be reached"):
         load_model("hfscratch-tests/there-is-no-such-model")
+
+
+@pytest.mark.parametrize("hub", ["closed", "answers 503"])
+def test_a_hub_name_without_network_is_the_machines_fault_within_seconds(hub):
+    statement = "from hfscratch.serving import load_model; load_model('owner/no-such-model')"
+    error = without_network(hub, statement)
+    assert error.startswith("hfscratch.errors.MachineError:"), error
+    assert "the Hub cannot be reached" in error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,6 +303,7 @@ def test_a_stream_stops_where_the_context_is_full_and_says_so(model, tokenizer, 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"prompt": "caf\udce9"}, r"not valid UTF-8: its character 4 is '\\udce9'"),
         ({"prompt": "\x00" * CONTEXT}, f"has {CONTEXT + 1} tokens, and the model reads {CONTEXT} at most"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"temperature": -1.0}, "temperature is -1.0"),

@@ -5,7 +5,17 @@ module: `corpus` (the two passes), `readers`, `rules`, `executor`, `card`.
 """
 
 from hfscratch.data.inspection import Inspection, inspect
-from hfscratch.data.sources import FORMATS, STDLIB, FoundSource, SourceFile, digests, distinct_labels, find_source
+from hfscratch.data.sources import (
+    FORMATS,
+    STDLIB,
+    FoundSource,
+    SourceFile,
+    digests,
+    distinct_labels,
+    expand,
+    find_source,
+    printable,
+)
 
 __all__ = [
     "FORMATS",
@@ -15,6 +25,8 @@ __all__ = [
     "SourceFile",
     "digests",
     "distinct_labels",
+    "expand",
     "find_source",
     "inspect",
+    "printable",
 ]

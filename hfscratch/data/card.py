@@ -104,13 +104,13 @@ def make_card(
         + "".join(f" {note.capitalize()}: {n:,}." for note, n in written.decoded.items()),
         "- Line ends made `\\n`, control characters but `\\n` and `\\t` removed, Unicode composed (NFC).",
     ]
+    limits = f"fewer than {min_chars:,}" + (f" or more than {max_chars:,}" if max_chars is not None else "")
+    lines.append(f"- Documents without visible characters, or of {limits} characters, dropped.")
     if chunk_chars is not None:
         lines.append(
             f"- Documents of more than {chunk_chars:,} characters cut at line ends, after blank lines where possible, "
             "into documents of their own (`…#0`, `…#1`)."
         )
-    limits = f"fewer than {min_chars:,}" + (f" or more than {max_chars:,}" if max_chars is not None else "")
-    lines.append(f"- Documents without visible characters, or of {limits} characters, dropped.")
     if drop_duplicates:
         lines.append("- Of documents with the same text, the first by source, file name and line kept.")
     lines += [

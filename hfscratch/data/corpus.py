@@ -11,6 +11,7 @@ Near-duplicates and quality are not looked at.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 from collections import Counter
@@ -27,7 +28,17 @@ import pyarrow.parquet as pq
 from hfscratch.artifact import Proof
 from hfscratch.data.executor import Executor
 from hfscratch.data.readers import READERS, HubReader, document_id
-from hfscratch.data.rules import DROPPED_SCHEMA, KEPT_SCHEMA, Cutter, Length, Normaliser, Readable, ShardWriter
+from hfscratch.data.rules import (
+    DROPPED_SCHEMA,
+    KEPT_SCHEMA,
+    Cutter,
+    Length,
+    Measurer,
+    Normaliser,
+    Readable,
+    ShardWriter,
+    Storable,
+)
 from hfscratch.data.sources import FoundSource, printable
 from hfscratch.errors import DataError, MachineError, UsageError
 
@@ -41,7 +52,10 @@ MAX_SHARD_BYTES = 200_000_000
 """A shard of the result is closed when it is larger; what is still to be written then makes it at most 256 MB."""
 ROW_GROUP_CHARS = 16_000_000
 LOOKUP_TIMEOUT_S = 10
+LOCAL_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+"""What is wrong with this machine's disk, and not with a download."""
 SAME_TEXT = "exact duplicate"
+_BY_HAND = "download its files, and give their folder as the path"
 
 DOCUMENT_SCHEMA = pa.schema(
     [("id", pa.string()), ("text", pa.string()), ("source", pa.string()), ("path", pa.string())]
@@ -69,12 +83,14 @@ class Plan:
         prefixes: by a file's place, what its documents' ids begin with.
         size_bytes: of all files, as they lie on the disk.
         num_parts: files and rows of Hub datasets, which is what tasks can share.
+        fingerprints: of Hub datasets, which change with the revision.
     """
 
     readers: list[Any]
     prefixes: list[str]
     size_bytes: int
     num_parts: int
+    fingerprints: tuple[str, ...]
 
     @property
     def num_tasks(self) -> int:
@@ -89,6 +105,7 @@ def plan_reading(sources: Sequence[FoundSource]) -> Plan:
     """
     readers: list[Any] = []
     prefixes: list[str] = []
+    fingerprints: list[str] = []
     size_bytes = num_parts = 0
     for source in sources:
         if source.hub_id is not None:
@@ -97,6 +114,7 @@ def plan_reading(sources: Sequence[FoundSource]) -> Plan:
             prefixes.append(source.prefix(source.split))
             size_bytes += dataset.data.nbytes
             num_parts += len(dataset)
+            fingerprints.append(dataset._fingerprint)
             continue
         places = {file.name: len(prefixes) + number for number, file in enumerate(source.files)}
         prefixes += [source.prefix(printable(file.name)) for file in source.files]
@@ -104,40 +122,51 @@ def plan_reading(sources: Sequence[FoundSource]) -> Plan:
         num_parts += len(source.files)
         made = (reader(source, places) for reader in READERS)
         readers += [reader for reader in made if reader.files]
-    return Plan(readers, prefixes, size_bytes, num_parts)
+    return Plan(readers, prefixes, size_bytes, num_parts, tuple(fingerprints))
 
 
 def load_from_hub(source: FoundSource) -> Any:
-    """One split of a Hub dataset, as a `datasets.Dataset`."""
+    """One split of a Hub dataset, as a `datasets.Dataset`; out of the cache where the Hub does not answer.
+
+    Raises: MachineError if it cannot be had; UsageError if it lacks the split or has several configurations; DataError
+        if it lacks the column or cannot be read.
+    """
     import datasets
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError
+    from datasets.exceptions import DatasetNotFoundError, DatasetsError
+    from huggingface_hub.errors import HTTPError
 
     assert source.hub_id is not None
     key = f"data.sources[{source.position}]"
-    with contextlib.ExitStack() as stack:
-        try:
-            huggingface_hub.HfApi().dataset_info(source.hub_id, timeout=LOOKUP_TIMEOUT_S)
-        except HfHubHTTPError as error:
-            status = getattr(error.response, "status_code", "no")
-            raise MachineError(
-                f"{key}.path '{source.hub_id}' is neither a file nor a folder here, and the Hub gives no such dataset "
-                f"(status {status}); correct it, or log in with `hf auth login` if it is private"
-            ) from None
-        except Exception as error:
-            log.info("the Hub cannot be reached (%s); looking for %s in the cache", type(error).__name__, source.hub_id)
-            stack.enter_context(_offline())
-        try:
+    named = f"{key}.path '{source.hub_id}'"
+    trouble = _trouble_with_hub(source.hub_id, named)
+    try:
+        with contextlib.nullcontext() if trouble is None else _offline():
             dataset = datasets.load_dataset(source.hub_id, split=source.split)
-        except (ConnectionError, FileNotFoundError) as error:
+    except (OSError, HTTPError, DatasetsError) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, OSError) and cause.errno in LOCAL_ERRORS:
+            raise cause from None
+        reason = " ".join(str(cause).split())
+        if trouble is not None:
             raise MachineError(
-                f"{key}.path '{source.hub_id}' is neither a file nor a folder here, and as a Hub dataset it cannot be "
-                f"had: there is no network or it does not exist, and it is not in the cache ({type(error).__name__})"
+                f"{named} is neither a file nor a folder here, and as a Hub dataset it cannot be had: {trouble}, and "
+                "it is not in the cache"
             ) from None
-        except ValueError as error:
-            raise UsageError(f"{key}: {' '.join(str(error).split())}") from None
-        except HfHubHTTPError as error:
-            raise MachineError(f"{key}.path '{source.hub_id}': {' '.join(str(error).split())}") from None
+        is_about_content = isinstance(cause, DatasetsError) or not isinstance(cause, (OSError, HTTPError))
+        if isinstance(error, DatasetNotFoundError) or not is_about_content:
+            raise MachineError(f"{named} cannot be had: {reason}") from None
+        raise DataError(f"{named} cannot be read: {reason}") from None
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        if "Config name is missing" in reason or "configurations in the cache" in reason:
+            raise UsageError(
+                f"{named} has several configurations, and to choose one is not supported; {_BY_HAND}"
+            ) from None
+        raise UsageError(f"{key}: {reason}") from None
+    except RuntimeError as error:
+        if "scripts are no longer supported" not in str(error):
+            raise
+        raise UsageError(f"{named} is made by a script, and `datasets` runs none any more; {_BY_HAND}") from None
     if source.text_column not in dataset.column_names:
         raise DataError(
             f"{source.hub_id} has no text column '{source.text_column}'; it has {', '.join(dataset.column_names)}: "
@@ -146,9 +175,35 @@ def load_from_hub(source: FoundSource) -> Any:
     return dataset
 
 
+def _trouble_with_hub(hub_id: str, named: str) -> str | None:
+    """Why nothing can be had from the Hub now, or None.
+
+    Raises: MachineError if it has no such dataset for us; UsageError if its id cannot be one.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        huggingface_hub.HfApi().dataset_info(hub_id, timeout=LOOKUP_TIMEOUT_S)
+    except HFValidationError as error:
+        raise UsageError(f"{named}: {' '.join(str(error).split())}") from None
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in (401, 403, 404):
+            raise MachineError(
+                f"{named} is neither a file nor a folder here, and the Hub gives no such dataset (status {status}); "
+                "correct it, or log in with `hf auth login` if it is private"
+            ) from None
+        return f"the Hub answers with status {status}"
+    except Exception as error:  # what libraries raise without a network differs between their versions
+        log.info("the Hub cannot be reached (%s); looking for %s in the cache", type(error).__name__, hub_id)
+        return "the Hub cannot be reached"
+    return None
+
+
 @contextlib.contextmanager
 def _offline() -> Iterator[None]:
-    """Spares the libraries half a minute of retries, now that we know that there is no network."""
+    """Spares the libraries half a minute of retries, now that we know that the Hub does not answer."""
     import datasets.config
     import huggingface_hub.constants
 
@@ -186,8 +241,11 @@ def read(
         *plan.readers,
         Readable(strict=strict, exclusion_writer=ShardWriter(str(dropped / "unreadable"), DROPPED_SCHEMA)),
         Normaliser(),
-        Cutter(chunk_chars),
+        Measurer(),
+        # Before cutting: else a piece in the middle of a document could be lost.
         Length(min_chars, max_chars, ShardWriter(str(dropped / "length"), DROPPED_SCHEMA)),
+        Cutter(chunk_chars),
+        Storable(ShardWriter(str(dropped / "size"), DROPPED_SCHEMA)),
         ShardWriter(str(folder / "documents"), KEPT_SCHEMA),
     ]
     executor = Executor(pipeline, tasks=plan.num_tasks, workers=workers or num_cores(), folder=folder, advance=advance)
@@ -297,7 +355,7 @@ class Written:
         documents: `{split: count}`. size_bytes: `{split: bytes of text}`.
         reasons: `{reason: count}` of what was dropped.
         sources: `{source: {fate: count}}`.
-        notes: `{note: count}` of how kept documents were decoded, where it was not UTF-8.
+        decoded: `{note: count}` of how kept documents were decoded, where it was not UTF-8.
         longest_chars: length of the longest document kept.
     """
 

@@ -46,6 +46,10 @@ class _SharedCount:
         with self.number.get_lock():
             self.number.value += amount
 
+    def peek(self) -> int:
+        """The number, without its lock, which a process that was killed may hold for ever."""
+        return self.number.get_obj().value
+
     def take(self) -> int:
         """The number before adding one to it."""
         with self.number.get_lock():
@@ -113,22 +117,23 @@ class Executor(LocalPipelineExecutor):
             while running:
                 connection.wait([worker.sentinel for worker in running], timeout=POLL_S)
                 running = [worker for worker in running if worker.exitcode is None]
-                now = done.number.value
-                advance(now - reported)
-                reported = now
-                if not errors.empty():
-                    raise errors.get()
                 killed = next((worker.exitcode for worker in workers if worker.exitcode), None)
                 if killed is not None:
                     raise MachineError(
                         f"a reading process ended with code {killed}, most likely because memory ran out; "
                         "set data.workers=1, or cut the input into smaller files"
                     )
+                if not errors.empty():
+                    raise errors.get()
+                now = done.peek()
+                advance(now - reported)
+                reported = now
         finally:
-            for worker in workers:
-                if worker.pid is not None:
-                    worker.kill()
-                    worker.join()
+            started = [worker for worker in workers if worker.pid is not None]
+            for worker in started:
+                worker.kill()
+            for worker in started:
+                worker.join()
             self.advance = advance
 
     def _work(self, ranks: Sequence[int], taken: _SharedCount, errors: Any) -> None:

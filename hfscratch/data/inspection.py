@@ -184,14 +184,17 @@ def _parquet_rows(path: Path, size_bytes: int) -> Iterator[tuple[dict[str, Any],
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path) as file:
+    with path.open("rb") as opened, pq.ParquetFile(opened) as file:  # pyarrow opens no name that is not UTF-8
         schema = file.schema_arrow
         names = [
             field.name
             for field in schema
-            if pa.types.is_string(field.type)
-            or pa.types.is_large_string(field.type)
-            or (pa.types.is_dictionary(field.type) and pa.types.is_string(field.type.value_type))
+            if schema.names.count(field.name) == 1
+            and (
+                pa.types.is_string(field.type)
+                or pa.types.is_large_string(field.type)
+                or (pa.types.is_dictionary(field.type) and pa.types.is_string(field.type.value_type))
+            )
         ]
         rows = consumed = 0
         for batch in file.iter_batches(batch_size=256, columns=names) if names else ():
@@ -218,7 +221,8 @@ def _text_samples(root: Path, names: list[str]) -> list[str]:
     for name in names[::step]:
         try:
             with (root / name).open("rb") as file:
-                text, _ = decode_file(file.read(8 * SAMPLE_CHARS), is_python=name.endswith(".py"))
+                beginning = file.read(8 * SAMPLE_CHARS)
+                text, _ = decode_file(beginning, is_python=name.endswith(".py"), is_cut=bool(file.read(1)))
         except (OSError, Undecodable):
             continue
         text = normalise(text).strip()

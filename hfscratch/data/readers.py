@@ -70,7 +70,7 @@ class CountingReader(BaseReader):
     def fail(self, path: str, file: int, number: int, failure: str, size_bytes: int, detail: object = None) -> Document:
         """A document that could not be read."""
         document = self.make(path, file, number, "")
-        note = None if detail is None else " ".join(str(detail).split())[:NOTE_CHARS]
+        note = None if detail is None else printable(" ".join(str(detail).split()))[:NOTE_CHARS]
         document.metadata |= {"failure": failure, "size_bytes": size_bytes, "note": note}
         return document
 
@@ -193,6 +193,9 @@ class ParquetReader(FileReader, DatatroveParquetReader):
             if self.text_key not in schema.names:
                 columns = f"columns: {', '.join(schema.names)}"
                 yield self.fail(path, place, 0, "no text column", size_bytes, columns)
+                return
+            if schema.names.count(self.text_key) > 1:
+                yield self.fail(path, place, 0, "several text columns", size_bytes, f"called {self.text_key}")
                 return
             kind = schema.field(self.text_key).type
             kind = kind.value_type if pa.types.is_dictionary(kind) else kind

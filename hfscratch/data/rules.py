@@ -72,8 +72,31 @@ class Normaliser(BaseFormatter):
         return rules_of_text.normalise(text)
 
 
+def measure(document: Document) -> None:
+    """Writes a document's size and digest to its metadata."""
+    encoded = document.text.encode()
+    document.metadata |= {
+        "num_chars": len(document.text),
+        "size_bytes": len(encoded),
+        "sha256": hashlib.sha256(encoded).digest(),
+    }
+
+
+class Measurer(PipelineStep):
+    """Measures every document."""
+
+    name = "Measurer"
+    type = "measure"
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        for document in data:
+            with self.track_time():
+                measure(document)
+            yield document
+
+
 class Cutter(PipelineStep):
-    """Cuts documents that are longer than `max_chars` (None: none) into documents of their own, and measures each."""
+    """Cuts documents that are longer than `max_chars` (None: none) into documents of their own, and measures these."""
 
     name = "Cutter"
     type = "cut"
@@ -84,24 +107,19 @@ class Cutter(PipelineStep):
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
         for document in data:
-            for piece in self._pieces(document):
-                with self.track_time():
-                    encoded = piece.text.encode()
-                    piece.metadata |= {
-                        "num_chars": len(piece.text),
-                        "size_bytes": len(encoded),
-                        "sha256": hashlib.sha256(encoded).digest(),
-                    }
-                yield piece
+            if self.max_chars is None or len(document.text) <= self.max_chars:
+                yield document
+            else:
+                yield from self._pieces(document, self.max_chars)
 
-    def _pieces(self, document: Document) -> Iterator[Document]:
-        if self.max_chars is None or len(document.text) <= self.max_chars:
-            yield document
-            return
-        pieces = rules_of_text.cut(document.text, self.max_chars)
+    def _pieces(self, document: Document, max_chars: int) -> Iterator[Document]:
+        pieces = rules_of_text.cut(document.text, max_chars)
         self.stat_update("pieces_added", value=len(pieces) - 1)
         for number, text in enumerate(pieces):
-            yield Document(text=text, id=f"{document.id}#{number}", metadata=document.metadata | {"piece": number})
+            piece = Document(text=text, id=f"{document.id}#{number}", metadata=document.metadata | {"piece": number})
+            with self.track_time():
+                measure(piece)
+            yield piece
 
 
 class Length(BaseFilter):
@@ -120,9 +138,16 @@ class Length(BaseFilter):
             return False, "too short"
         if self.max_chars is not None and len(doc.text) > self.max_chars:
             return False, "too long"
-        if len(doc.text) * 4 > MAX_DOCUMENT_BYTES and doc.metadata["size_bytes"] > MAX_DOCUMENT_BYTES:
-            return False, "larger than 1 GiB"
         return True
+
+
+class Storable(BaseFilter):
+    """Drops documents that are too large for a row of parquet."""
+
+    name = "Storable"
+
+    def filter(self, doc: Document) -> bool | tuple[bool, str]:
+        return doc.metadata["size_bytes"] <= MAX_DOCUMENT_BYTES or (False, "larger than 1 GiB")
 
 
 class ShardWriter(ParquetWriter):

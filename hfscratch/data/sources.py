@@ -1,13 +1,15 @@
 """Where raw text comes from: a file, a folder, a glob, the Python standard library, or a dataset on the Hub.
 
 It lists files and digests them; it reads no text, and imports nothing heavy, because freshness is checked with it.
-Hidden files and folders, linked folders and the run folders of hfscratch are passed over.
+Below the folder that a source names, hidden files and folders, linked folders and the run folders of hfscratch are
+passed over; the folder itself may be any of these.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import errno
 import glob
 import json
 import os
@@ -86,6 +88,11 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
+def expand(path: str) -> Path:
+    """The path with its `~` replaced, where it is that of a user."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 (Path.expanduser raises where there is no such user)
+
+
 def find_source(
     path: str,
     *,
@@ -98,11 +105,20 @@ def find_source(
 
     Raises: UsageError if there is no such thing; DataError for a folder that holds nothing we can read.
     """
+    try:
+        return _find(path, position, text_column, split, name)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        raise UsageError(f"there is no file or folder {path}; its name is too long to be one") from None
+
+
+def _find(path: str, position: int, text_column: str | None, split: str, name: str | None) -> FoundSource:
     formats = " ".join(FORMATS)
     root: Path | None
     ignored: collections.Counter[str] = collections.Counter()
     hub_id = None
-    expanded = Path(path).expanduser()
+    expanded = expand(path)
     if path == STDLIB:
         label, root = STDLIB, Path(sysconfig.get_paths()["stdlib"])
         names = [name for name in _walk(root, excluded=STDLIB_EXCLUDED) if extension(name) == ".py"]
@@ -113,7 +129,7 @@ def find_source(
             if extension(found) in FORMATS:
                 names.append(found)
             else:
-                ignored[extension(found) or "no extension"] += 1
+                ignored[_kind(found)] += 1
         if not names:
             held = ", ".join(f"{count} {kind}" for kind, count in ignored.most_common(5)) or "no files"
             raise DataError(f"{path} holds nothing that can be read ({formats}); it holds {held}")
@@ -124,17 +140,15 @@ def find_source(
     elif glob.has_magic(path):
         root = _fixed_part(expanded)
         label = root.resolve().name or "root"
-        # Path.glob would find hidden files too, and no files for a closing `**`.
-        matches = [Path(match) for match in glob.glob(str(expanded), recursive=True)]  # noqa: PTH207
-        matches = [match for match in matches if not match.is_dir()]
+        matches = list(_match(root, expanded))
         if not matches:
             raise UsageError(f"no file matches {path}")
         names = []
-        for match in matches:
-            if extension(match.name) in FORMATS:
-                names.append(match.relative_to(root).as_posix())
+        for found in matches:
+            if extension(found) in FORMATS:
+                names.append(found)
             else:
-                ignored[extension(match.name) or "no extension"] += 1
+                ignored[_kind(found)] += 1
         if not names:
             raise UsageError(f"{path} matches no file of a format that can be read; the formats are {formats}")
     elif _HUB_ID.fullmatch(path) and extension(path) not in FORMATS:
@@ -142,7 +156,12 @@ def find_source(
     else:
         raise UsageError(f"there is no file or folder {path}; give one, a glob, '{STDLIB}' or the id of a Hub dataset")
     files = tuple(_stat(root, each) for each in sorted(set(names))) if root is not None else ()
-    return FoundSource(position, name or label, root, files, dict(ignored), hub_id, text_column, split)
+    return FoundSource(position, printable(name or label), root, files, dict(ignored), hub_id, text_column, split)
+
+
+def _kind(name: str) -> str:
+    """What a file that is not read is counted as."""
+    return printable(extension(name)) or "no extension"
 
 
 def _walk(root: Path, excluded: frozenset[str] = frozenset()) -> Iterator[str]:
@@ -152,7 +171,9 @@ def _walk(root: Path, excluded: frozenset[str] = frozenset()) -> Iterator[str]:
         raise error
 
     for folder, folders, names in os.walk(root, onerror=fail):
-        if ".work" in folders:  # a run folder: what it holds was made by us, from text that is read elsewhere
+        # A run folder: what it holds was made by us, from text that is read elsewhere. One that is itself named as the
+        # source may be a corpus with a `.work` left in it.
+        if ".work" in folders and folder != str(root):
             folders.clear()
             continue
         folders[:] = [each for each in folders if not each.startswith(".") and each not in excluded]
@@ -170,6 +191,27 @@ def _fixed_part(pattern: Path) -> Path:
             break
         fixed.append(part)
     return Path(*fixed)
+
+
+def _match(root: Path, pattern: Path) -> Iterator[str]:
+    """The names, below `root`, of the files that a glob matches, by the rules of `_walk`."""
+    # Path.glob takes `**` only as a whole part, and as a closing one finds folders alone.
+    parts = [part if part == "**" else re.sub(r"\*+", "*", part) for part in pattern.relative_to(root).parts]
+    if parts[-1] == "**":
+        parts.append("*")
+    wants_hidden = any(part.startswith(".") for part in parts)
+    passed_over: dict[Path, bool] = {root: False}
+
+    def is_passed_over(folder: Path) -> bool:
+        if folder not in passed_over:
+            passed_over[folder] = is_passed_over(folder.parent) or folder.is_symlink() or (folder / ".work").is_dir()
+        return passed_over[folder]
+
+    for match in root.glob(str(Path(*parts))):
+        name = match.relative_to(root)
+        is_hidden = not wants_hidden and any(part.startswith(".") for part in name.parts)
+        if not is_hidden and not is_passed_over(match.parent) and not match.is_dir():
+            yield name.as_posix()
 
 
 def _stat(root: Path, name: str) -> SourceFile:
@@ -202,7 +244,8 @@ def digests(sources: Sequence[FoundSource], memory: Path) -> dict[str, str]:
     """The content digest of every file, as `{position/name: sha256}`; of a Hub dataset its id and split stand for it.
 
     Args:
-        memory: a JSON file that remembers digests; only files whose size or time of change is another are read.
+        memory: a JSON file that remembers digests; only files whose size or time of change is another are read. Its
+            folder is made, but not the one above: that is there once a run has begun.
     """
     try:
         remembered = json.loads(memory.read_text(encoding="utf-8"))
@@ -228,7 +271,7 @@ def digests(sources: Sequence[FoundSource], memory: Path) -> dict[str, str]:
             known[key] = entry
             result[f"{source.position}/{printable(file.name)}"] = entry[2]
     if known != remembered:
-        with contextlib.suppress(OSError):  # a read-only run folder: it is read again next time
-            artifact.make_folder(memory.parent)
+        with contextlib.suppress(OSError):  # a read-only run folder, or none yet: it is read again next time
+            memory.parent.mkdir(exist_ok=True)
             artifact.write_json(memory, known)
     return result

@@ -24,16 +24,17 @@ class Undecodable(ValueError):
     """Bytes that are not text; the message is the reason for the ledger."""
 
 
-def decode_file(data: bytes, *, is_python: bool = False) -> tuple[str, str | None]:
-    """The text of a whole file, and a note where it was not plain UTF-8.
+def decode_file(data: bytes, *, is_python: bool = False, is_cut: bool = False) -> tuple[str, str | None]:
+    """The text of a file, and a note where it was not plain UTF-8.
 
-    Python files are decoded as their coding cookie says (PEP 263).
+    Python files are decoded as their coding cookie says (PEP 263). Where the file `is_cut`, a character of which the
+    end is missing is left out.
 
     Raises: Undecodable.
     """
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         try:
-            text = data.decode("utf-16")
+            text = _decode(data, "utf-16", is_cut)
         except UnicodeDecodeError:
             raise Undecodable("binary") from None
         if "\0" in text:
@@ -44,21 +45,25 @@ def decode_file(data: bytes, *, is_python: bool = False) -> tuple[str, str | Non
     if is_python and b"coding" in b"".join(data.split(b"\n", 2)[:2]):
         try:
             encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
-            text = data.decode(encoding)
+            text = data.decode(encoding, "ignore" if is_cut else "strict")
         except (SyntaxError, LookupError, UnicodeError):
             pass  # a cookie that lies: as if there were none
         else:
             return text, None if encoding.startswith("utf-8") else f"decoded as {encoding}"
-    return decode(data)
+    return decode(data, is_cut=is_cut)
 
 
-def decode(data: bytes) -> tuple[str, str | None]:
+def _decode(data: bytes, encoding: str, is_cut: bool) -> str:
+    return codecs.getincrementaldecoder(encoding)().decode(data, final=not is_cut)
+
+
+def decode(data: bytes, *, is_cut: bool = False) -> tuple[str, str | None]:
     """Bytes as UTF-8, a byte order mark stripped; else as Windows-1252, which is noted.
 
     Raises: Undecodable if that leaves more than `MAX_STRANGE_SHARE` of strange characters.
     """
     try:
-        return data.decode("utf-8-sig"), None
+        return _decode(data, "utf-8-sig", is_cut), None
     except UnicodeDecodeError:
         text = data.decode("cp1252", errors="replace")
     strange = text.count("\ufffd") + len(_CONTROL.findall(text))
@@ -68,15 +73,13 @@ def decode(data: bytes) -> tuple[str, str | None]:
 
 
 def normalise(text: str) -> str:
-    """Newlines as `\\n`, no control characters but `\\n` and `\\t`, NFC.
+    """Newlines as `\\n`, no control characters but `\\n` and `\\t`, no byte order mark, NFC.
 
     Doing it twice changes nothing more. A lone surrogate, which no encoding can write, becomes U+FFFD.
     """
-    if text.startswith("\ufeff"):
-        text = text[1:]
     if "\r" in text:
         text = _LINE_END.sub("\n", text)
-    text = _CONTROL.sub("", text)
+    text = _CONTROL.sub("", text).lstrip("\ufeff")
     if text.isascii():
         return text
     # Before NFC: a character taken out from between a letter and its accent would let them join later.

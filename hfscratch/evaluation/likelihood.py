@@ -4,8 +4,8 @@ The first token of a text is predicted from the beginning-of-text token; a text 
 a sliding one, whose first position scores all its tokens and whose later positions score only the tokens that are new.
 Nothing is dropped and nothing is predicted twice: `Scores` carries the counts that prove it.
 
-Bits per byte and perplexity are two readings of one `Scores`. Masked models have no likelihood of this kind and are
-not covered. The end-of-text token is no byte of the text, so it is not scored.
+Bits per byte and perplexity are two readings of one `Scores`. A model that sees later tokens has no likelihood of this
+kind; `future_leak` tells it from a causal one. The end-of-text token is no byte of the text, so it is not scored.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ LONGEST_DEFAULT_WINDOW = 2048
 DEFAULT_BATCH_TOKENS = 4096
 # Log-softmax in fp32 holds this many logits at once (64 MB), whatever the batch.
 LOGITS_AT_ONCE = 16 * 1024 * 1024
+LEAK_PROBE_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Scores:
         nats: summed negative log-likelihood of the text, natural logarithm, float64.
         num_tokens: tokens of the text, the beginning-of-text token not counted.
         num_bytes: bytes of the text in UTF-8, counted on the text itself.
-        num_scored_once: tokens, over all texts, that were predicted exactly once.
+        num_scored_once: tokens, over all texts, whose likelihood came back from the model exactly once.
         num_round_trips: texts that come back unchanged from their token ids.
     """
 
@@ -121,6 +122,56 @@ def default_window(model: Any) -> int:
     return min(context or LONGEST_DEFAULT_WINDOW, LONGEST_DEFAULT_WINDOW)
 
 
+@dataclass(frozen=True)
+class FutureLeak:
+    """How far logits move when later tokens change: for a causal model not at all, beyond rounding.
+
+    Attributes:
+        largest_change: of a logit before the change, as a share of the largest logit (of 1 if that is smaller).
+        allowed: what rounding in the model's precision may come to.
+        num_tokens: length of the row that was read.
+    """
+
+    largest_change: float
+    allowed: float
+    num_tokens: int
+
+    @property
+    def is_causal(self) -> bool:
+        return self.largest_change <= self.allowed  # False for NaN
+
+
+def future_leak(model: Any) -> FutureLeak:
+    """Reads a row of random tokens twice, its second half changed, and compares the logits of the first half.
+
+    A model that sees the tokens it is to predict (bert without `is_decoder`) finds them very likely, which says
+    nothing; so this stands beside every likelihood.
+    """
+    import torch
+
+    length = min(LEAK_PROBE_TOKENS, default_window(model))
+    vocab_size = model.config.get_text_config().vocab_size
+    row = torch.randint(vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    other = row.clone()
+    half = length // 2
+    other[:, half:] = (other[:, half:] + 1) % vocab_size
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            before, after = (
+                model(each.to(model.device), use_cache=False).logits[0, :half].float() for each in (row, other)
+            )  # (half, vocab)
+    finally:
+        model.train(was_training)
+    scale = max(1.0, before.abs().max().item())
+    return FutureLeak(
+        largest_change=(before - after).abs().max().item() / scale,
+        allowed=max(1e-4, 2 * torch.finfo(model.dtype).eps),
+        num_tokens=length,
+    )
+
+
 def score_texts(
     model: Any,
     tokenizer: Any,
@@ -176,9 +227,9 @@ def score_texts(
             ) as bar,
         ):
             for batch in _batches(windows, batch_tokens):
-                for each, losses in zip(batch, _predict(model, sequences, batch), strict=True):
+                for each, (positions, losses) in zip(batch, _predict(model, sequences, batch), strict=True):
                     nats[each.text] += float(losses.sum(dtype=np.float64))
-                    times_scored[each.text][each.first_new - 1 : each.end - 1] += 1
+                    np.add.at(times_scored[each.text], positions - 1, 1)
                     bar.update(len(losses))
     finally:
         model.train(was_training)
@@ -215,8 +266,12 @@ def _batches(windows: Sequence[_Window], batch_tokens: int) -> Iterator[list[_Wi
         yield batch
 
 
-def _predict(model: Any, sequences: Sequence[np.ndarray], batch: Sequence[_Window]) -> list[np.ndarray]:
-    """The negative log-likelihood of each new token of each row, fp32.
+def _predict(
+    model: Any, sequences: Sequence[np.ndarray], batch: Sequence[_Window]
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each row, the positions of its new tokens and their negative log-likelihoods, fp32.
+
+    Positions are cut by the same slices as the likelihoods, so that a wrong slice shows in what was scored.
 
     Rows are padded on the right. A causal model's earlier positions cannot see the padding, so that neither an
     attention mask nor position ids are given, which keeps the model on its fast path.
@@ -225,8 +280,11 @@ def _predict(model: Any, sequences: Sequence[np.ndarray], batch: Sequence[_Windo
 
     longest = max(each.length for each in batch)
     tokens = np.zeros((len(batch), longest), dtype=np.int64)
+    positions = np.empty_like(tokens)
     for row, each in enumerate(batch):
         tokens[row, : each.length] = sequences[each.text][each.start : each.end]
+        # Padding repeats the last position: were it scored, that token would count twice.
+        positions[row] = np.minimum(np.arange(each.start, each.start + longest), each.end - 1)
     rows = torch.from_numpy(tokens).to(model.device)  # (batch, longest)
     inputs, targets = rows[:, :-1], rows[:, 1:]
     # Logits are the dear part at a large vocabulary: ask for those positions only that some row of the batch scores.
@@ -237,9 +295,8 @@ def _predict(model: Any, sequences: Sequence[np.ndarray], batch: Sequence[_Windo
         logits = model(inputs, use_cache=False).logits[:, first:]
     targets = targets[:, first:]  # (batch, kept)
     losses = _cross_entropy(logits, targets).cpu().numpy()
-    return [
-        losses[row, each.first_new - each.start - 1 - first : each.length - 1 - first] for row, each in enumerate(batch)
-    ]
+    new = [slice(each.first_new - each.start - 1 - first, each.length - 1 - first) for each in batch]
+    return [(positions[row, 1:][first:][each], losses[row, each]) for row, each in enumerate(new)]
 
 
 def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

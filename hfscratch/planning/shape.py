@@ -65,7 +65,8 @@ def config_fields(model_type: str) -> dict[str, str]:
         if f"class {class_name}(" in text:
             fields = annotated_fields(source, class_name)
             base = annotated_fields(_transformers() / "configuration_utils.py", "PreTrainedConfig")
-            return base | fields | dict.fromkeys(_attribute_map(text, class_name), "Any")
+            aliases = _attribute_map(text, class_name)
+            return base | fields | {alias: fields.get(own, "Any") for alias, own in aliases.items()}
     raise UsageError(f"type is '{model_type}', whose configuration class {class_name} was not found in transformers")
 
 
@@ -187,7 +188,6 @@ def training_flops_per_token(model: PreTrainedModel, sequence_length: int) -> in
     Source: Kaplan et al. 2020, section 2.1; Chowdhery et al. 2022 (PaLM), appendix B.
     """
     config = model.config
-    width = config.num_attention_heads * (
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
+    heads = getattr(config, "num_attention_heads", 0)  # a model without attention has none
+    width = heads and heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     return 6 * matmul_parameters(model) + 12 * config.num_hidden_layers * width * sequence_length

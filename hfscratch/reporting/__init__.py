@@ -21,6 +21,8 @@ from hfscratch.reporting import figures, formats
 
 KNOWN_ORDER = ("data", "tokenizer", "pretrain", "evaluate")
 """The order in which artifacts are told; any other follows by the time it was made."""
+EARLIER = {"data": "earlier data", "tokenizer": "an earlier tokenizer"}
+"""What an artifact is of, by the input that has changed; by any other, of an earlier model."""
 
 
 def write(out: Path) -> list[Path]:
@@ -45,15 +47,47 @@ def write(out: Path) -> list[Path]:
     return written
 
 
+def outdated(manifests: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """The artifacts that were made from others than those that stand beside them, each with a sentence that says so.
+
+    Args:
+        manifests: of all artifacts of a run folder, by stage. An input that does not stand there is no contradiction:
+            an artifact may have been copied.
+    """
+    causes: dict[str, str | None] = {}
+
+    def cause(stage: str) -> str | None:
+        """The first input that is another one now, or whose own inputs are."""
+        if stage not in causes:
+            causes[stage] = None
+            for name, digest in manifests[stage].get("inputs", {}).items():
+                if causes[stage] is None and name in manifests:
+                    causes[stage] = cause(name) or (name if digest != manifests[name]["digest"] else None)
+        return causes[stage]
+
+    return {
+        stage: f"{stage}: of {EARLIER.get(found, 'an earlier model')}; run `hfscratch run RECIPE`"
+        for stage in manifests
+        if (found := cause(stage))
+    }
+
+
 def _context(out: Path) -> dict[str, Any]:
-    """What the templates show; a part that the run lacks is empty."""
+    """What the templates show; a part that the run lacks, or that is outdated, is empty."""
     manifests = _manifests(out)
     if not manifests:
         raise UsageError(f"{out} holds no artifact to report on; run a stage first")
+    notes = outdated(manifests)
+    manifests = {stage: manifest for stage, manifest in manifests.items() if stage not in notes}
+
+    def read(stage: str, name: str) -> Any:
+        path = out / stage / name
+        return json.loads(path.read_text(encoding="utf-8")) if stage in manifests and path.is_file() else None
+
     recipe_path = out / "recipe.yaml"
     recipe = recipe_path.read_text(encoding="utf-8") if recipe_path.is_file() else ""
-    training = _read_json(out / "pretrain" / "metrics.json", {})
-    measured = _read_json(out / "evaluate" / "metrics.json", {})
+    training = read("pretrain", "metrics.json") or {}
+    measured = read("evaluate", "metrics.json") or {}
     data = manifests.get("data", {}).get("metrics", {})
     tokenizer = manifests.get("tokenizer", {}).get("metrics", {})
     pretrain = manifests.get("pretrain", {}).get("metrics", {})
@@ -64,13 +98,14 @@ def _context(out: Path) -> dict[str, Any]:
         "name": _recipe_name(recipe) or out.resolve().name,
         "made_at": max(manifest["made_at"] for manifest in manifests.values()),
         "summary": _summary(data, tokenizer, pretrain),
+        "notes": list(notes.values()),
         "tiles": _tiles(scores, pretrain, tokenizer),
         "splits": _splits(data, tokenizer, scores),
         "parses": scores.get("parses"),
         "learning_curve": figures.learning_curve(history, scores.get("test", {}).get("bits_per_byte")),
         "curve_points": _curve_points(history),
         "loss_curve": figures.loss_curve(history),
-        "samples": _read_json(out / "evaluate" / "samples.json", []),
+        "samples": read("evaluate", "samples.json") or [],
         "training_samples": training.get("samples", []),
         "plan": training.get("plan", []),
         "data": data,
@@ -101,10 +136,6 @@ def _manifests(out: Path) -> dict[str, dict[str, Any]]:
     return {stage: found[stage] for stage in (*known, *others)}
 
 
-def _read_json(path: Path, default: Any) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else default
-
-
 def _recipe_name(recipe: str) -> str | None:
     import yaml
 
@@ -113,11 +144,11 @@ def _recipe_name(recipe: str) -> str | None:
 
 
 def _summary(data: Mapping[str, Any], tokenizer: Mapping[str, Any], pretrain: Mapping[str, Any]) -> str:
-    """The run in one sentence, as far as it has come."""
+    """The run in one sentence, as far as it has come; held-out documents are no part of what it was made from."""
     parts = []
     if "documents" in data:
-        documents, size = sum(data["documents"].values()), sum(data["bytes"].values())
-        parts.append(f"{formats.count(documents)} documents ({formats.size(size)} of text)")
+        documents, size = data["documents"].get("train", 0), data["bytes"].get("train", 0)
+        parts.append(f"{formats.count(documents)} training documents ({formats.size(size)} of text)")
     if "vocab_size" in tokenizer:
         parts.append(f"a vocabulary of {formats.count(tokenizer['vocab_size'])}")
     corpus = " and ".join(parts)

@@ -7,6 +7,7 @@ font. Every function returns an empty string if there is nothing to draw.
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -47,8 +48,7 @@ STYLE: Any = {
 
 def learning_curve(history: Sequence[Mapping[str, Any]], test_bits_per_byte: float | None = None) -> str:
     """Bits per byte over the tokens trained on: the training rows (light), validation, and the test result."""
-    train = [(entry["tokens"], entry["bits_per_byte"]) for entry in history if "bits_per_byte" in entry]
-    held_out = [(entry["tokens"], entry["eval_bits_per_byte"]) for entry in history if "eval_bits_per_byte" in entry]
+    train, held_out = _points(history, "bits_per_byte"), _points(history, "eval_bits_per_byte")
     if not train and not held_out:
         return ""
 
@@ -60,7 +60,7 @@ def learning_curve(history: Sequence[Mapping[str, Any]], test_bits_per_byte: flo
         if held_out:
             points: Any = {"linewidth": 2.2, "marker": "o", "markersize": 4}
             axes.plot(*zip(*held_out, strict=True), color=FIRST, label="validation", **points)
-        if test_bits_per_byte is not None:
+        if test_bits_per_byte is not None and math.isfinite(test_bits_per_byte):
             axes.axhline(
                 test_bits_per_byte,
                 color=INK,
@@ -76,7 +76,7 @@ def learning_curve(history: Sequence[Mapping[str, Any]], test_bits_per_byte: flo
 
 def loss_curve(history: Sequence[Mapping[str, Any]]) -> str:
     """Training loss over tokens; only where bits per byte, which say more, were not recorded while training."""
-    loss = [(entry["tokens"], entry["loss"]) for entry in history if "loss" in entry]
+    loss = _points(history, "loss")
     if not loss or any("bits_per_byte" in entry for entry in history):
         return ""
 
@@ -107,6 +107,12 @@ def document_sizes(sizes_bytes: Sequence[int]) -> str:
         axes.set_ylabel("documents")
 
     return _svg(draw, "Sizes of the kept documents", x_label="", height=2.2, tokens_on_x=False)
+
+
+def _points(history: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
+    """A figure over tokens; where training diverged it is no number, and cannot be drawn."""
+    points = [(entry["tokens"], entry[name]) for entry in history if name in entry]
+    return [(tokens, value) for tokens, value in points if math.isfinite(value)]
 
 
 def _smoothed(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:

@@ -18,7 +18,7 @@ from hfscratch.errors import UsageError
 from hfscratch.recipe import Recipe, to_dict
 
 INPUTS = ()
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +65,10 @@ class DataSection:
     """Which documents count as the same."""
 
     min_chars: int = 1
-    """Drop documents with fewer characters."""
+    """Drop documents with fewer characters, before any is cut."""
 
     max_chars: int | None = None
-    """Drop documents with more characters; null for no limit."""
+    """Drop documents with more characters, before any is cut; null for no limit."""
 
     chunk_chars: int | None = None
     """Cut documents with more characters at line ends into documents of their own; null to leave them whole. Needed
@@ -95,10 +95,6 @@ class DataSection:
             raise UsageError(f"max_chars is {self.max_chars}; it must be at least min_chars ({self.min_chars}) and 1")
         if self.chunk_chars is not None and self.chunk_chars < 1:
             raise UsageError(f"chunk_chars is {self.chunk_chars}; it must be positive, or null to cut nothing")
-        if self.chunk_chars is not None and self.chunk_chars < self.min_chars:
-            raise UsageError(
-                f"chunk_chars is {self.chunk_chars}, less than min_chars ({self.min_chars}); no piece would be left"
-            )
         for name in ("validation_fraction", "test_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it must be from 0 up to, but less than, 1")
@@ -121,23 +117,35 @@ def key_fields(recipe: Recipe) -> dict[str, Any]:
     return fields
 
 
-def find_sources(section: DataSection) -> tuple[Any, ...]:
-    """The section's sources, with their files listed."""
+def find_sources(recipe: Recipe) -> tuple[Any, ...]:
+    """The section's sources, with their files listed. Raises: UsageError for one that would read what we write."""
     from hfscratch import data
 
-    return data.distinct_labels(
-        data.find_source(
-            source.path, position=position, text_column=source.text_column, split=source.split, name=source.name
+    own = recipe.out.resolve()
+    found = []
+    for position, source in enumerate(recipe.section("data").sources):
+        found.append(
+            data.find_source(
+                source.path, position=position, text_column=source.text_column, split=source.split, name=source.name
+            )
         )
-        for position, source in enumerate(section.sources)
-    )
+        if found[-1].root is None:
+            continue
+        root = found[-1].root.resolve()
+        is_file = data.expand(source.path).is_file()
+        if (root == own and not is_file) or root.is_relative_to(own / "data"):
+            raise UsageError(
+                f"data.sources[{position}].path is {source.path} and `out` is {recipe.out}, so what this recipe writes "
+                "would be read as text; choose another `out`"
+            )
+    return data.distinct_labels(found)
 
 
 def source_digests(recipe: Recipe, workspace: Workspace) -> dict[str, str]:
     """`{position/file: sha256}` of everything that would be read; unchanged files are not read again."""
     from hfscratch import data
 
-    return data.digests(find_sources(recipe.section("data")), workspace.work / "sources.json")
+    return data.digests(find_sources(recipe), workspace.work / "sources.json")
 
 
 def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
@@ -147,13 +155,14 @@ def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
     from hfscratch.data import card, corpus
 
     section: DataSection = recipe.section("data")
-    sources = find_sources(section)
+    sources = find_sources(recipe)
     digests = source_digests(recipe, workspace)
     timings: dict[str, float] = {}
     with workspace.staging() as output:
         plan = corpus.plan_reading(sources)
         artifact.require_free_space(output, 2 * plan.size_bytes)
-        folder = _reading_folder(workspace, artifact.digest_json([key_fields(recipe), digests, VERSION]))
+        key = artifact.digest_json([key_fields(recipe), digests, plan.fingerprints, VERSION])
+        folder = _reading_folder(workspace, key)
 
         started = time.perf_counter()
         with tqdm(total=plan.size_bytes, desc="read", unit="B", unit_scale=True) as progress:
@@ -249,8 +258,11 @@ def _keep_logs(folder: Path, logs: Path) -> None:
 
 def _without_folders(section: DataSection) -> dict[str, Any]:
     """The section for the manifest, in which no absolute path may stand."""
+    from hfscratch import data
+
     plain = to_dict(section)
     for source in plain["sources"]:
         if Path(source["path"]).is_absolute() or source["path"].startswith("~"):
             source["path"] = Path(source["path"]).name
+        source["path"] = data.printable(source["path"])
     return plain

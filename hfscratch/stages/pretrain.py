@@ -10,15 +10,15 @@ Hardware is not the recipe's: `accelerate launch --config_file … -m hfscratch 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
-import importlib.util
 import logging
 import math
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,40 +26,14 @@ from typing import Any, Literal
 from hfscratch import artifact
 from hfscratch.artifact import Proof, Workspace
 from hfscratch.errors import MachineError, Terminated, UsageError
-from hfscratch.recipe import Recipe, annotated_fields, open_field, to_dict
+from hfscratch.recipe import Recipe, open_field, to_dict
+from hfscratch.training.arguments import argument_names, refused
 
 logger = logging.getLogger(__name__)
 
 INPUTS = ("tokenizer",)
 VERSION = 1
 
-HARDWARE = "it is hardware; give it to the launcher: accelerate launch --config_file accelerate_configs/… -m hfscratch"
-OURS = "hfscratch sets it itself"
-REFUSED = {
-    "deepspeed": HARDWARE,
-    "fsdp": HARDWARE,
-    "fsdp_config": HARDWARE,
-    "bf16": f"{HARDWARE}; precision follows the machine",
-    "fp16": f"{HARDWARE}; precision follows the machine",
-    "bf16_full_eval": HARDWARE,
-    "fp16_full_eval": HARDWARE,
-    "local_rank": HARDWARE,
-    "use_cpu": HARDWARE,
-    "per_device_train_batch_size": "it is hardware; the global batch is pretrain.batch_tokens, the rest is derived",
-    "per_device_eval_batch_size": "it is hardware; it is derived",
-    "gradient_accumulation_steps": "it is hardware; the global batch is pretrain.batch_tokens, the rest is derived",
-    "auto_find_batch_size": "it is hardware; the batch is derived from free memory",
-    "output_dir": f"{OURS}; the recipe's `out` says where everything goes",
-    "seed": f"{OURS}; the recipe's own `seed` is used",
-    "data_seed": f"{OURS}; the recipe's own `seed` is used",
-    "resume_from_checkpoint": "an interrupted run goes on by itself",
-    "do_train": OURS,
-    "do_eval": f"{OURS}; switch validation off with pretrain.eval_strategy=no",
-    "do_predict": OURS,
-    "train_sampling_strategy": "the order of rows is the packing index's",
-    "remove_unused_columns": OURS,
-    "push_to_hub": "only `push` ever sends anything anywhere",
-}
 UNKEYED = {"report_to", "run_name", "dataloader_num_workers", "dataloader_pin_memory", "log_level", "logging_steps"}
 """Arguments that do not change the result."""
 
@@ -67,7 +41,9 @@ DEFAULT_TOKENS_PER_PARAMETER = 20
 NUM_EVALUATIONS = 8
 MAX_EVAL_TOKENS = 32768
 PROBED_WIDTHS = 4096
-"""Models of up to this width times depth are built and tried before any stage works; larger ones when training starts."""
+"""Models of up to this width times depth are tried with their weights before any stage works; larger ones without."""
+PROBED_TOKENS = 256
+"""Tokens of the row that such a trial reads, at most."""
 COMPILE_PAYS_AFTER_MINUTES = 30
 """Compiling takes a minute or two on a CPU; on shorter runs it does not earn that back."""
 
@@ -78,13 +54,6 @@ def _model_names(values: Mapping[str, Any]) -> Mapping[str, str]:
 
     fields = config_fields(values.get("type", "scratch"))
     return {name: kind for name, kind in fields.items() if name not in FROM_TOKENIZER}
-
-
-@functools.cache
-def _argument_names() -> Mapping[str, str]:
-    spec = importlib.util.find_spec("transformers")
-    assert spec is not None and spec.origin is not None
-    return annotated_fields(Path(spec.origin).parent / "training_args.py", "TrainingArguments")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +74,8 @@ class ModelSection:
     def __post_init__(self) -> None:
         if self.depth is not None and self.depth < 1:
             raise UsageError(f"depth is {self.depth}; it must be at least 1")
+        if self.depth is not None and "num_hidden_layers" in self.fields:
+            raise UsageError(f"depth is {self.depth} and num_hidden_layers is given too; give one of them")
         if self.type != "scratch":
             from hfscratch.planning.shape import config_fields
 
@@ -120,6 +91,11 @@ class ModelSection:
             raise UsageError(f"num_attention_heads is {heads}, which {key_value} key-value heads do not divide")
 
 
+def _require_positive(name: str, value: Any) -> None:
+    if value is not None and not 0 < value < math.inf:
+        raise UsageError(f"{name} is {value}; it must be a positive number")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RoleRates:
     """Peak learning rate of each role; what is not given is derived from the width."""
@@ -132,6 +108,10 @@ class RoleRates:
     """The output matrix, if it is not tied to the embedding."""
     rest: float | None = None
     """Norms, biases, scalars."""
+
+    def __post_init__(self) -> None:
+        for name, value in to_dict(self).items():
+            _require_positive(f"learning_rates.{name}", value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,13 +153,21 @@ class PretrainSection:
     sample_tokens: int = 48
     """Tokens of that sample; 0 for none."""
 
-    arguments: dict[str, Any] = open_field(lambda values: _argument_names(), REFUSED)
+    arguments: dict[str, Any] = open_field(lambda values: argument_names(), refused("pretrain.batch_tokens"))
 
     def __post_init__(self) -> None:
         for name in ("sequence_length", "batch_tokens", "max_tokens", "max_epochs", "eval_tokens"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UsageError(f"{name} is {value}; it must be positive")
+            _require_positive(name, getattr(self, name))
+        for name in ("max_steps", "num_train_epochs", "learning_rate", "adam_epsilon", "eval_steps", "save_steps"):
+            _require_positive(name, self.arguments.get(name))
+        if {"max_steps", "num_train_epochs"} <= self.arguments.keys():
+            raise UsageError("max_steps and num_train_epochs both say how long training is; give one of them")
+        for name in ("adam_beta1", "adam_beta2"):
+            value = self.arguments.get(name)
+            if value is not None and not 0 <= value < 1:
+                raise UsageError(f"{name} is {value}; it must be at least 0 and below 1")
+        if not self.arguments.get("weight_decay", 0.0) >= 0:
+            raise UsageError(f"weight_decay is {self.arguments['weight_decay']}; it must not be negative")
         if self.sequence_length < 2:
             raise UsageError(f"sequence_length is {self.sequence_length}; a row needs at least 2 tokens")
         if self.batch_tokens is not None and self.batch_tokens % self.sequence_length:
@@ -194,10 +182,6 @@ class PretrainSection:
             )
         if self.sample_tokens < 0:
             raise UsageError(f"sample_tokens is {self.sample_tokens}; it must not be negative")
-        for name in ("max_steps", "num_train_epochs"):
-            value = self.arguments.get(name)
-            if isinstance(value, (int, float)) and value <= 0:
-                raise UsageError(f"{name} is {value}; it must be positive")
 
 
 SECTIONS = {"model": ModelSection, "pretrain": PretrainSection}
@@ -216,11 +200,16 @@ def check(recipe: Recipe) -> None:
     tokenizer = recipe.sections.get("tokenizer")
     ids = {"pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1}
     config = _config(recipe, vocab_size=tokenizer.vocab_size if tokenizer else 4096, special_ids=ids)
-    model_class = _model_class(config)
-    if config.hidden_size * config.num_hidden_layers <= PROBED_WIDTHS:
-        _require_causal(model_class.from_config(config), recipe.section("pretrain").sequence_length)
-    with contextlib.suppress(ImportError):
-        _training_arguments(section, Path("unused"), recipe.seed, max_steps=100, rates=None, has_validation=True)
+    _require_usable(_model_class(config), config, section)
+    arguments = _training_arguments(
+        section, Path("unused"), recipe.seed, max_steps=10**6, rates=None, has_validation=True
+    )
+    with _as_usage_errors():
+        from transformers import Trainer
+        from transformers.integrations import get_reporting_integration_callbacks
+
+        get_reporting_integration_callbacks(arguments.report_to)
+        Trainer.get_optimizer_cls_and_kwargs(arguments)
 
 
 @dataclass(frozen=True)
@@ -261,12 +250,18 @@ def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
     tokenizer_manifest = artifact.read_manifest(tokenizer_folder)
     assert tokenizer_manifest is not None
     tokenizer = AutoTokenizer.from_pretrained(str(tokenizer_folder))
+    room = section.sequence_length - len(tokenizer(section.sample_prompt)["input_ids"])
+    if room < 1:
+        raise UsageError(
+            f"pretrain.sample_prompt fills the whole context of pretrain.sequence_length={section.sequence_length}; "
+            "shorten it"
+        )
     train_split = tokens.TokenizedSplit(tokenizer_folder / "tokens", "train")
     index = tokens.PackingIndex(train_split.lengths, sequence_length=section.sequence_length, seed=recipe.seed)
     has_validation = "validation" in tokens.splits_in(tokenizer_folder / "tokens")
     bytes_per_token = train_split.num_bytes / (int(train_split.lengths.sum()) - len(train_split))
 
-    chosen = precision.choose_precision()
+    chosen = precision.choose_precision()  # before TrainingArguments writes its own choice into the environment
     special_ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     config = _config(recipe, vocab_size=len(tokenizer), special_ids=special_ids)
     model_class = _model_class(config)
@@ -274,14 +269,16 @@ def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
     # ZeRO-3 partitions a model while it is made, and learns of that from TrainingArguments: hence these come first.
     checkpoint_folder = workspace.work / workspace.key[:16]
     make_arguments = functools.partial(
-        _training_arguments, section, checkpoint_folder, recipe.seed, has_validation=has_validation, chosen=chosen
+        _training_arguments, section, checkpoint_folder, recipe.seed, has_validation=has_validation
     )
     make_arguments(max_steps=1, rates=None)
+    # What a process measures for itself, the first measures for all.
+    if not _broadcast(workspace.is_stale, world_size):
+        return []
+    chosen = _broadcast(chosen, world_size)
     transformers.set_seed(recipe.seed)
     model = model_class.from_config(config, dtype=torch.float32)
     num_parameters = _num_parameters(model) or count_parameters(model)
-    if not _num_parameters(model):
-        _require_causal(model, section.sequence_length)
     budget = _budget(section, num_parameters, int(train_split.lengths.sum()), index.rows_per_epoch)
     if budget.rows_per_step % world_size:
         nearest = max(1, round(budget.rows_per_step / world_size)) * world_size * section.sequence_length
@@ -290,7 +287,7 @@ def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
             f"{world_size} processes; the nearest value that does is {nearest}"
         )
     rows_per_process = budget.rows_per_step // world_size
-    micro_rows = batch.micro_batch_rows(rows_per_process, section.sequence_length, config)
+    micro_rows = _broadcast(batch.micro_batch_rows(rows_per_process, section.sequence_length, config), world_size)
     rates = _rates(section, config)
 
     train_rows = tokens.PackedRows(
@@ -301,9 +298,12 @@ def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
         isolate_documents=section.isolate_documents,
     )
     validation_rows: Any = None
+    eval_bytes_per_token = None
     eval_tokens = section.eval_tokens or min(MAX_EVAL_TOKENS, budget.tokens // 40)
     if has_validation:
         validation_split = tokens.TokenizedSplit(tokenizer_folder / "tokens", "validation")
+        num_predicted = int(validation_split.lengths.sum()) - len(validation_split)
+        eval_bytes_per_token = validation_split.num_bytes / num_predicted
         length = min(section.sequence_length, int(validation_split.lengths.sum()))
         validation_index = tokens.PackingIndex(validation_split.lengths, sequence_length=length, seed=recipe.seed)
         validation_rows = tokens.PackedRows(
@@ -327,6 +327,7 @@ def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
     arguments = make_arguments(
         max_steps=budget.max_steps,
         rates=rates,
+        chosen=chosen,
         micro_rows=micro_rows,
         accumulation=rows_per_process // micro_rows,
         compile_model=compiled[0],
@@ -372,29 +373,33 @@ def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
         artifact.make_folder(checkpoint_folder)
         artifact.require_free_space(checkpoint_folder, 4 * model_bytes)
     stop = callbacks.StopOnSignal()
-    progress = callbacks.ProgressBar(tokens_per_step=budget.batch_tokens, bytes_per_token=bytes_per_token)
+    progress = callbacks.ProgressBar(
+        tokens_per_step=budget.batch_tokens,
+        bytes_per_token=bytes_per_token,
+        eval_bytes_per_token=eval_bytes_per_token,
+    )
     trainer_callbacks: list[Any] = [stop, progress]
     if has_validation and section.sample_tokens:
-        room = section.sequence_length - len(tokenizer(section.sample_prompt)["input_ids"]) - 1
         trainer_callbacks.append(
             callbacks.Samples(
                 tokenizer,
                 prompt=section.sample_prompt,
-                max_new_tokens=max(1, min(section.sample_tokens, room)),
+                max_new_tokens=min(section.sample_tokens, room),
                 seed=recipe.seed,
             )
         )
     if arguments.load_best_model_at_end and section.early_stopping_patience:
         trainer_callbacks.append(transformers.EarlyStoppingCallback(section.early_stopping_patience))
-    trainer = PretrainTrainer(
-        model=model,
-        args=arguments,
-        data_collator=tokens.collate,
-        train_dataset=train_rows,
-        eval_dataset=validation_rows,
-        processing_class=tokenizer,
-        callbacks=trainer_callbacks,
-    )
+    with _as_usage_errors():
+        trainer = PretrainTrainer(
+            model=model,
+            args=arguments,
+            data_collator=tokens.collate,
+            train_dataset=train_rows,
+            eval_dataset=validation_rows,
+            processing_class=tokenizer,
+            callbacks=trainer_callbacks,
+        )
     trainer.learning_rates = rates
     trainer.remove_callback(transformers.PrinterCallback)
     transformers.set_seed(recipe.seed)
@@ -424,12 +429,14 @@ def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
         _wait_for_everyone(world_size)
         if rank == 0:
             history, samples = _history(trainer.state.log_history, budget.batch_tokens, progress)
+            loads_best = arguments.load_best_model_at_end and trainer.state.best_model_checkpoint is not None
+            published_step = trainer.state.best_global_step if loads_best else trainer.state.global_step
             train_seconds = max((each.get("seconds", 0.0) for each in trainer.state.log_history), default=0.0)
             metrics = {
                 "parameters": num_parameters,
                 "train_tokens": trainer.state.global_step * budget.batch_tokens,
                 "steps": trainer.state.global_step,
-                "published_step": trainer.state.best_global_step or trainer.state.global_step,
+                "published_step": published_step,
                 "tokens_per_s": trainer.state.global_step * budget.batch_tokens / max(train_seconds, 1e-9),
                 "train_seconds": train_seconds,
                 "precision": chosen.name,
@@ -446,7 +453,7 @@ def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
                 section=key_fields(recipe),
                 inputs={"tokenizer": tokenizer_manifest["digest"]},
                 proofs=[
-                    _reload_proof(folder, probe, reference, model.dtype),
+                    _reload_proof(folder, probe, reference, model),
                     Proof(
                         "no token sees those after it",
                         ahead <= 1e-4 * max(1.0, reference.abs().max().item()),
@@ -506,21 +513,63 @@ def _looks_ahead(model: Any, input_ids: Any) -> float:
     return (_logits(model, changed)[:, :half] - _logits(model, input_ids)[:, :half]).abs().max().item()
 
 
-def _require_causal(model: Any, sequence_length: int) -> None:
-    """Raises: UsageError if the model cannot read a whole row, or sees tokens before it predicts them."""
+def _require_usable(model_class: Any, config: Any, section: PretrainSection) -> None:
+    """Builds the model and lets it read a row, before any stage works; a large one without its weights.
+
+    Raises: UsageError if that fails, if it sees tokens before it predicts them, or if documents that are to be
+    isolated see each other.
+    """
     import torch
 
-    ids = torch.randint(0, model.config.vocab_size, (1, sequence_length), generator=torch.Generator().manual_seed(0))
-    kind = model.config.model_type
-    try:
-        ahead = _looks_ahead(model, ids.to(model.device))
-    except (IndexError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
+    kind = config.model_type
+    longest = getattr(config, "max_position_embeddings", None) or section.sequence_length
+    if longest < section.sequence_length:
         raise UsageError(
-            f"model.type is '{kind}', which cannot read a row of {sequence_length} tokens: {reason}"
+            f"pretrain.sequence_length is {section.sequence_length}, and the model reads at most {longest} tokens "
+            "(max_position_embeddings); shorten the rows or lengthen the model's context"
+        )
+    length = min(section.sequence_length, PROBED_TOKENS)
+    is_small = config.hidden_size * config.num_hidden_layers <= PROBED_WIDTHS
+    ids = torch.randint(0, config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    half = length // 2
+    positions = torch.cat([torch.arange(half), torch.arange(length - half)])[None]
+    try:
+        with torch.device("cpu" if is_small else "meta"):
+            model = model_class.from_config(copy.deepcopy(config)).eval()
+        if not is_small:
+            model(input_ids=ids.to("meta"), labels=ids.to("meta"), use_cache=False)
+            return
+        ahead = _looks_ahead(model, ids)
+        leak = 0.0
+        if section.isolate_documents:
+            other = ids.clone()
+            other[:, :half] = (other[:, :half] + 1) % config.vocab_size
+            with torch.no_grad():
+                one, two = (model(input_ids=x, position_ids=positions, use_cache=False).logits for x in (ids, other))
+            leak = (one - two)[:, half:].abs().max().item()
+    except Exception as error:  # whatever foreign modeling code raises on values that do not fit it
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(
+            f"model.type is '{kind}', which cannot be built and read a row of {length} tokens: {reason}"
         ) from error
     if not ahead <= 1e-4:
         raise UsageError(f"model.type is '{kind}', which sees the tokens that it is to predict; take a causal type")
+    if not leak <= 1e-4:
+        raise UsageError(
+            f"model.type is '{kind}', whose documents see each other when they share a row; set "
+            "pretrain.isolate_documents=false, or take another type"
+        )
+
+
+@contextlib.contextmanager
+def _as_usage_errors() -> Iterator[None]:
+    """What the Trainer raises on arguments that it cannot honour, as ours."""
+    try:
+        yield
+    except ImportError as error:
+        raise MachineError(f"pretrain: {' '.join(str(error).split())}") from error
+    except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
+        raise UsageError(f"pretrain: {' '.join(str(error).split())}") from error
 
 
 def _training_arguments(
@@ -556,11 +605,27 @@ def _training_arguments(
         "save_total_limit": 2,
         "report_to": "none",
     }
-    values |= {name: value for name, value in section.arguments.items() if name != "num_train_epochs"}
+    given = section.arguments
+    values |= {name: value for name, value in given.items() if name != "num_train_epochs"}
     if not has_validation:
         values["eval_strategy"] = "no"
     values["max_steps"] = max_steps
-    values.setdefault("load_best_model_at_end", values["eval_strategy"] != "no")
+    is_validated = values["eval_strategy"] != "no"
+    # The best checkpoint can be published only if validations and checkpoints fall together: one follows the other.
+    for kind in ("steps", "strategy"):
+        for name, other in ((f"eval_{kind}", f"save_{kind}"), (f"save_{kind}", f"eval_{kind}")):
+            if name in given and other not in given and is_validated and given[name] not in ("no", "best"):
+                values[other] = given[name]
+    together = values["save_strategy"] == "best" or (
+        values["save_strategy"] == values["eval_strategy"]
+        and (values["save_strategy"] != "steps" or values["save_steps"] == values["eval_steps"])
+    )
+    values.setdefault("load_best_model_at_end", is_validated and values["save_strategy"] != "no")
+    if values["load_best_model_at_end"] and not together:
+        raise UsageError(
+            f"pretrain: validation is every {values['eval_steps']} {values['eval_strategy']} and checkpoints every "
+            f"{values['save_steps']} {values['save_strategy']}; make them equal, or set load_best_model_at_end: false"
+        )
     values |= {
         "output_dir": str(folder),
         "seed": seed,
@@ -573,8 +638,8 @@ def _training_arguments(
         "gradient_accumulation_steps": accumulation,
         "torch_compile": compile_model,
         "train_sampling_strategy": "sequential",
-        "metric_for_best_model": values.get("metric_for_best_model", "eval_loss"),
-        "greater_is_better": values.get("greater_is_better", False),
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": False,
         "prediction_loss_only": True,
         "remove_unused_columns": False,
         "restore_callback_states_from_checkpoint": True,
@@ -582,10 +647,8 @@ def _training_arguments(
     }
     if rates is not None:
         values["learning_rate"] = rates.matrix
-    try:
+    with _as_usage_errors():
         return TrainingArguments(**values)
-    except (ValueError, TypeError, KeyError) as error:
-        raise UsageError(f"pretrain: {' '.join(str(error).split())}") from error
 
 
 def _budget(section: PretrainSection, num_parameters: int, corpus_tokens: int, rows_per_epoch: int) -> _Budget:
@@ -632,7 +695,7 @@ def _num_parameters(model: Any) -> int:
 def _shape(config: Any) -> str:
     return (
         f"{config.model_type}, {config.num_hidden_layers} layers of width {config.hidden_size}, "
-        f"{config.num_attention_heads} heads, vocabulary {config.vocab_size:,}"
+        f"{getattr(config, 'num_attention_heads', 'no')} heads, vocabulary {config.vocab_size:,}"
     )
 
 
@@ -675,12 +738,12 @@ def _logits(model: Any, input_ids: Any) -> Any:
         return model(input_ids=input_ids).logits.float().cpu()  # (1, seq, vocab)
 
 
-def _reload_proof(folder: Path, input_ids: Any, reference: Any, dtype: Any) -> Proof:
+def _reload_proof(folder: Path, input_ids: Any, reference: Any, model: Any) -> Proof:
     from transformers import AutoModelForCausalLM
 
-    reloaded = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, use_safetensors=True)
-    reloaded.to("cuda" if reference.is_cuda else "cpu")
-    difference = (_logits(reloaded, input_ids) - reference).abs().max().item()
+    reloaded = AutoModelForCausalLM.from_pretrained(str(folder), dtype=model.dtype, use_safetensors=True)
+    reloaded.to(model.device)
+    difference = (_logits(reloaded, input_ids.to(model.device)) - reference).abs().max().item()
     return Proof(
         "the published folder reloads to the trained model's logits",
         difference <= 1e-4 * max(1.0, reference.abs().max().item()),
@@ -703,5 +766,5 @@ def _history(log: list[dict[str, Any]], tokens_per_step: int, progress: Any) -> 
         if "loss" in entry:
             row["bits_per_byte"] = progress.to_bits_per_byte(entry["loss"])
         if "eval_loss" in entry:
-            row["eval_bits_per_byte"] = progress.to_bits_per_byte(entry["eval_loss"])
+            row["eval_bits_per_byte"] = progress.eval_bits_per_byte(entry["eval_loss"])
     return [rows[step] for step in sorted(rows) if len(rows[step]) > 2], samples

@@ -7,7 +7,7 @@ is encoded as `<|bos|>` and its tokens; a literal "<|bos|>" inside a document is
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,17 +88,3 @@ def encode_documents(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -
         backend.encode_special_tokens = before
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     return [[bos, *each.ids, eos] for each in encoded]
-
-
-def batches_of_chars(texts: Iterable[str], max_chars: int = 2_000_000) -> Iterator[list[str]]:
-    """Groups texts so that a group holds about `max_chars` characters, however long single texts are."""
-    group: list[str] = []
-    chars = 0
-    for text in texts:
-        group.append(text)
-        chars += len(text)
-        if chars >= max_chars:
-            yield group
-            group, chars = [], 0
-    if group:
-        yield group

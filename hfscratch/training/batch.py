@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from typing import Any
 
@@ -15,12 +16,12 @@ MAX_CPU_TOKENS = 8192
 
 
 def free_memory_bytes() -> int:
-    """Free memory of this process's GPU, or of the machine."""
+    """Free memory of this process's GPU, or its share of the machine's."""
     if torch.cuda.is_available():
         return int(torch.cuda.mem_get_info()[0])
     import psutil
 
-    return int(psutil.virtual_memory().available)
+    return int(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def activation_bytes_per_token(config: Any) -> int:

@@ -10,6 +10,7 @@ import time
 from typing import Any
 
 import torch
+import torch.distributed
 from tqdm import tqdm
 from transformers import TrainerCallback
 
@@ -22,17 +23,27 @@ class ProgressBar(TrainerCallback):
     Args:
         tokens_per_step: of all processes together.
         bytes_per_token: of the train split; turns loss into bits per byte.
+        eval_bytes_per_token: of the validation split.
+        label: what stands before the bar.
     """
 
-    def __init__(self, *, tokens_per_step: int, bytes_per_token: float) -> None:
-        self.tokens_per_step, self.bytes_per_token = tokens_per_step, bytes_per_token
+    def __init__(
+        self,
+        *,
+        tokens_per_step: int,
+        bytes_per_token: float,
+        eval_bytes_per_token: float | None = None,
+        label: str = "pretrain",
+    ) -> None:
+        self.tokens_per_step, self.bytes_per_token, self.label = tokens_per_step, bytes_per_token, label
+        self.eval_bytes_per_token = eval_bytes_per_token or bytes_per_token
         self.bar: tqdm | None = None
         self._started = self._seconds_before = 0.0
         self._first_step = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="pretrain", unit="step")
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.label, unit="step")
         self._started, self._first_step = time.perf_counter(), state.global_step
         self._seconds_before = max((entry.get("seconds", 0.0) for entry in state.log_history), default=0.0)
 
@@ -55,7 +66,7 @@ class ProgressBar(TrainerCallback):
             )
         if "eval_loss" in logs:
             tqdm.write(
-                f"  step {state.global_step}: validation {self.to_bits_per_byte(logs['eval_loss']):.3f} bits/byte "
+                f"  step {state.global_step}: validation {self.eval_bits_per_byte(logs['eval_loss']):.3f} bits/byte "
                 f"(loss {logs['eval_loss']:.3f})",
                 file=sys.stderr,
             )
@@ -66,16 +77,27 @@ class ProgressBar(TrainerCallback):
             self.bar = None
 
     def to_bits_per_byte(self, loss: float) -> float:
-        """Mean nats a token → bits a byte."""
+        """Mean nats a token of the train split → bits a byte."""
         return loss / math.log(2) / self.bytes_per_token
+
+    def eval_bits_per_byte(self, loss: float) -> float:
+        """Mean nats a token of the validation split → bits a byte."""
+        return loss / math.log(2) / self.eval_bytes_per_token
 
 
 class Samples(TrainerCallback):
     """A generated sample at each validation, kept for the report. It draws from a generator of its own state, so that
-    training's random numbers are the same with and without it."""
+    training's random numbers are the same with and without it.
 
-    def __init__(self, tokenizer: Any, *, prompt: str, max_new_tokens: int, seed: int) -> None:
+    Args:
+        shows_prompt: whether the prompt is part of the sample.
+    """
+
+    def __init__(
+        self, tokenizer: Any, *, prompt: str, max_new_tokens: int, seed: int, shows_prompt: bool = True
+    ) -> None:
         self.tokenizer, self.prompt, self.max_new_tokens, self.seed = tokenizer, prompt, max_new_tokens, seed
+        self.shows_prompt = shows_prompt
 
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or self.max_new_tokens == 0 or _is_partitioned(model):
@@ -96,13 +118,17 @@ class Samples(TrainerCallback):
                 pad_token_id=self.tokenizer.pad_token_id,
             )
         model.train(was_training)
-        text = self.tokenizer.decode(output[0, 1:], skip_special_tokens=True)
+        written = output[0, 1 if self.shows_prompt else inputs.shape[1] :]
+        text = self.tokenizer.decode(written, skip_special_tokens=True)
         state.log_history.append({"step": state.global_step, "sample": text})
         tqdm.write("    " + " ".join(text.split())[:110], file=sys.stderr)
 
 
 class StopOnSignal(TrainerCallback):
-    """On SIGTERM: save a checkpoint at the end of the running step and stop. `stopped` then tells the stage."""
+    """On SIGTERM to any process: save a checkpoint at the end of the running step and stop, all processes together.
+
+    `stopped` then tells the stage.
+    """
 
     def __init__(self) -> None:
         self.stopped = False
@@ -114,6 +140,11 @@ class StopOnSignal(TrainerCallback):
         self.stopped = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            # Signals reach processes at different steps; one that saves while another trains on would wait for ever.
+            flag = torch.tensor(float(self.stopped), device=args.device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            self.stopped = bool(flag.item())
         if self.stopped:
             control.should_save = True
             control.should_training_stop = True

@@ -12,7 +12,7 @@ import re
 import shutil
 from pathlib import Path
 
-from hfscratch.artifact import sync_tree
+from hfscratch.artifact import sync_tree, write_text
 
 STAGING = ".staging"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -73,5 +73,5 @@ def latest(folder: Path) -> Path | None:
         best = str(folder / f"checkpoint-{state['best_global_step']}")
         if state.get("best_model_checkpoint") != best:
             state["best_model_checkpoint"] = best
-            path.write_text(json.dumps(state, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            write_text(path, json.dumps(state, indent=2, sort_keys=True) + "\n")
     return newest

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed
-from transformers import Trainer
+from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer_optimizer import is_optimizer_factory
 
 from hfscratch.training import checkpoints
@@ -60,9 +60,10 @@ class TrainerMixin:
             self._is_saving = False
         best = None
         if trainer.state.best_global_step:
+            # The stock method recorded the staging path, or none. A best step that was not saved is no checkpoint.
             best = folder / f"checkpoint-{trainer.state.best_global_step}"
-            # The stock method recorded the staging path, or none.
-            trainer.state.best_model_checkpoint = str(best)
+            is_saved = best == final or best.is_dir()
+            trainer.state.best_model_checkpoint = str(best) if is_saved else None
         _barrier()
         if trainer.args.should_save:
             staged = folder / checkpoints.STAGING / final.name
@@ -73,8 +74,13 @@ class TrainerMixin:
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         trainer: Any = self
-        if trainer.state.global_step >= trainer.state.max_steps:
-            # The stock loop would train one step more when it resumes a finished run.
+        stopped_early = any(
+            isinstance(callback, EarlyStoppingCallback)
+            and callback.early_stopping_patience_counter >= callback.early_stopping_patience
+            for callback in trainer.callback_handler.callbacks
+        )
+        if stopped_early or trainer.state.global_step >= trainer.state.max_steps:
+            # The stock loop would train on when it resumes a run that had ended.
             trainer.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)  # type: ignore[misc]

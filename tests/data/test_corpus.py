@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import sys
 from collections import Counter
 
 import numpy as np
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hfscratch.data import corpus, distinct_labels, find_source
+from hfscratch.data import corpus, distinct_labels, find_source, printable, rules
 from hfscratch.data.corpus import SplitWriter
 from hfscratch.data.text import normalise
 from hfscratch.errors import DataError
@@ -153,8 +154,8 @@ BAD_FILES = {
     "lines.jsonl": (
         b'{"text": "fine"}\n\n{"text": \n[1]\n{"body": "x"}\n{"text": null}\n{"text": 5}\n{"text": NaN}\n'
         b'{"text": "lone \\ud800 surrogate"}\n\xef\xbb\xbf{"text": "marked"}\n{"text": "caf\xe9 au lait"}\n'
-        b'{"text": "nul \\u0000"}\n',
-        {"invalid JSON": 1, "not a JSON object": 1, "no text column": 1, "null text": 1, "text is not a string": 2},
+        b'{"text": "nul \\u0000"}\n{"a\\ud800": 1}\n',
+        {"invalid JSON": 1, "not a JSON object": 1, "no text column": 2, "null text": 1, "text is not a string": 2},
     ),
     "program.txt": (b"\x7fELF\x00\x00", {"binary": 1}),
     "noise.md": (bytes(range(128, 160)) * 20, {"not text": 1}),
@@ -172,6 +173,11 @@ def test_nothing_bad_is_lost_and_nothing_good_with_it(prose, tmp_path):
     pq.write_table(pa.table({"body": ["x"]}), folder / "column.parquet")
     pq.write_table(pa.table({"text": [1, 2]}), folder / "numbers.parquet")
     pq.write_table(pa.table({"text": ["row", None]}), folder / "null.parquet")
+    twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(twice, folder / "twice.parquet")
+    if sys.platform == "linux":  # elsewhere file names are Unicode
+        folder = folder.rename(tmp_path / os.fsdecode(b"pros\xe9"))
+    label = printable(folder.name)
     ledger, splits, _ = build([folder], tmp_path / "a")
     by_file = {}
     for row in ledger:
@@ -184,15 +190,17 @@ def test_nothing_bad_is_lost_and_nothing_good_with_it(prose, tmp_path):
         "column.parquet": {"no text column": 1},
         "numbers.parquet": {"text is not a string": 1},
         "null.parquet": {"null text": 1},
+        "twice.parquet": {"several text columns": 1},
     }
     assert by_file == expected
     assert by_file["broken.jsonl.gz"]["broken gzip"] == 1
     kept = {row["text"] for rows in splits.values() for row in rows}
     assert {"fine", "good one", "good two", "row", "lone � surrogate", "marked", "café au lait", "nul "} <= kept
     notes = {row["id"]: row["note"] for row in ledger}
-    assert notes["prose/lines.jsonl:5"] == "columns: body"
-    assert notes["prose/gone.txt"] == "No such file or directory"
-    assert notes["prose/lines.jsonl:11"] == "decoded as cp1252"
+    assert notes[f"{label}/lines.jsonl:5"] == "columns: body"
+    assert notes[f"{label}/lines.jsonl:13"] == "columns: a\\ud800"
+    assert notes[f"{label}/gone.txt"] == "No such file or directory"
+    assert notes[f"{label}/lines.jsonl:11"] == "decoded as cp1252"
     assert len(ledger) == len({row["id"] for row in ledger})
 
 
@@ -230,6 +238,33 @@ def test_pieces_of_a_long_document_join_to_it(tmp_path):
     assert "".join(pieces) == normalise(book) and max(map(len, pieces)) <= 500
     assert "docs/note.txt" in texts
     assert len(ledger) == len(texts)
+
+
+def test_a_long_document_loses_nothing_to_the_rules_of_length_which_look_at_it_whole(tmp_path):
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    book = "The beginning.\n" + "\n" * 2000 + "The end.\n"
+    (folder / "book.txt").write_text(book)
+    (folder / "blank.txt").write_text("\n" * 2000)
+    (folder / "note.txt").write_text("A short note.\n")
+    (folder / "long.txt").write_text("Words. " * 1000)
+    options = {"chunk_chars": 500, "min_chars": 900, "max_chars": 5000}
+    whole = {"drop_duplicates": False, "validation_fraction": 0, "test_fraction": 0}
+    ledger, splits, _ = build([folder], tmp_path / "a", split=whole, **options)
+    assert reasons(ledger) == {"docs/blank.txt": "empty", "docs/note.txt": "too short", "docs/long.txt": "too long"}
+    texts = {row["id"]: row["text"] for row in splits["train"]}
+    assert "".join(texts[f"docs/book.txt#{number}"] for number in range(len(texts))) == book
+    ledger, _, _ = build([folder], tmp_path / "b", split=whole | {"drop_duplicates": True}, **options)
+    assert {reason for name, reason in reasons(ledger).items() if "#" in name} == {"exact duplicate"}
+
+
+def test_what_fits_in_no_row_is_dropped_and_cutting_helps(tmp_path, monkeypatch):
+    monkeypatch.setattr(rules, "MAX_DOCUMENT_BYTES", 100)
+    folder = three_texts(tmp_path, "é" * 60, "one", "two", "three")
+    ledger, _, _ = build([folder], tmp_path / "a")
+    assert reasons(ledger) == {"few/0.txt": "larger than 1 GiB"}
+    ledger, _, _ = build([folder], tmp_path / "b", chunk_chars=40, split=SPLIT | {"drop_duplicates": False})
+    assert reasons(ledger) == {}
 
 
 def three_texts(tmp_path, *texts):

@@ -121,6 +121,40 @@ def test_a_killed_worker_is_an_error_that_says_so_and_not_a_hang(large, tmp_path
     assert psutil.wait_procs(workers, timeout=2)[1] == []
 
 
+KILLED_HOLDING_LOCKS = """
+import os, signal, sys, time
+from pathlib import Path
+from hfscratch.data.executor import Executor
+from datatrove.pipeline.base import PipelineStep
+
+class Step(PipelineStep):
+    def run(self, data=None, rank=0, world_size=1):
+        if rank == 0:
+            self.advance.number.get_lock().acquire()
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)
+        yield
+
+    def advance(self, num_bytes):
+        pass
+
+Executor([Step()], tasks=2, workers=2, folder=Path(sys.argv[1]), advance=lambda num_bytes: None).run()
+"""
+
+
+def test_a_worker_killed_while_it_holds_the_counters_lock_is_no_hang_and_others_are_not_waited_for(tmp_path):
+    (tmp_path / "script.py").write_text(KILLED_HOLDING_LOCKS)
+    completed = subprocess.run(
+        [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "pass")],
+        capture_output=True,
+        text=True,
+        timeout=20,
+        env={**os.environ, "PYTHONPATH": str(Path(hfscratch.__file__).parent.parent)},
+    )
+    assert completed.returncode == 1
+    assert "MachineError: a reading process ended with code -9" in completed.stderr
+
+
 def test_a_relaunch_after_a_kill_reads_everything_once(large, tmp_path):
     process = start(large, tmp_path)
     children(process)

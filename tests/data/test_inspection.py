@@ -74,6 +74,18 @@ def test_python_is_recognised_and_a_broken_file_is_no_obstacle(tmp_path):
     assert found.is_python and found.num_documents == 1
 
 
+def test_a_sample_that_ends_inside_a_character_is_still_utf8(tmp_path):
+    for shift in range(3):
+        (tmp_path / f"{shift}.txt").write_text("x" * shift + "日本語" * 1000)
+    assert inspect(str(tmp_path)).samples == tuple(("x" * shift + "日本語" * 1000)[:200] for shift in range(3))
+
+
+def test_two_columns_of_one_name_are_no_text_column(tmp_path):
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"]), pa.array(["c"])], names=["text", "text", "body"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert inspect(str(tmp_path)).text_columns == ("body",)
+
+
 def test_a_path_that_is_not_there_is_an_error():
     with pytest.raises(UsageError, match="there is no file or folder"):
         inspect("./nowhere")

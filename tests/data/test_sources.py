@@ -41,6 +41,46 @@ def test_run_folders_inside_a_corpus_are_not_part_of_it(folder):
     assert not [name for name in names(find_source(str(folder))) if "runs" in name]
 
 
+def test_a_folder_that_is_itself_named_is_read_though_a_run_was_once_begun_in_it(folder):
+    before = names(find_source(str(folder)))
+    (folder / ".work").mkdir()
+    assert names(find_source(str(folder))) == before
+    assert names(find_source(f"{folder}/*.md")) == ["b.md"]
+
+
+@pytest.mark.parametrize("pattern", ["**/*", "**", "*/*", "*/*/*/*", "**/README.md", "ru*/x/**/*", "***/*.md"])
+def test_a_glob_passes_over_what_a_folder_does(folder, pattern):
+    (folder / "linked").symlink_to(folder / "deep")
+    (folder / "deep" / "loop").symlink_to(folder)
+    (folder / "deep" / "link.txt").symlink_to(folder / "b.md")
+    listed = names(find_source(str(folder)))
+    assert "deep/link.txt" in listed
+    try:
+        found = names(find_source(f"{folder}/{pattern}"))
+    except UsageError as error:
+        assert "no file matches" in str(error)
+        found = []
+    assert set(found) <= set(listed)
+    if pattern.startswith("**") and pattern.endswith("*"):
+        assert found == listed
+
+
+def test_a_glob_finds_hidden_files_only_where_it_says_so(folder):
+    assert names(find_source(f"{folder}/.*.txt")) == [".hidden.txt"]
+    assert ".hidden.txt" not in names(find_source(f"{folder}/*"))
+
+
+def test_a_glob_may_begin_at_a_linked_folder(folder, tmp_path):
+    (tmp_path / "linked").symlink_to(folder)
+    assert names(find_source(f"{tmp_path}/linked/*.md")) == ["b.md"]
+
+
+def test_a_glob_from_the_current_folder(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert names(find_source("*/*.py")) == ["deep/c.py"]
+    assert names(find_source("**/*.md")) == ["b.md"]
+
+
 def test_a_glob_is_what_it_matches(folder):
     source = find_source(f"{folder}/**/*.py")
     assert names(source) == ["deep/c.py"] and source.root == folder
@@ -67,6 +107,11 @@ def test_the_standard_library_comes_without_its_tests():
         ("nowhere/", "there is no file or folder nowhere/"),
         ("nowhere.jsonl", "there is no file or folder nowhere.jsonl"),
         ("a/b/c", "there is no file or folder a/b/c"),
+        ("~no-such-user/x", "there is no file or folder ~no-such-user/x"),
+        ("n" * 300, "there is no file or folder nnn"),
+        ("deep/" + "n" * 300 + ".txt", "there is no file or folder deep/nnn"),
+        ("{folder}/*/" + "n" * 300 + ".txt", "n.txt"),
+        ("n/" * 3000, "there is no file or folder n/n/"),
         ("nowhere/*.txt", "no file matches"),
         ("{folder}/deep/*.png", "matches no file of a format that can be read"),
         ("{folder}/Makefile", "format that cannot be read; the formats are .txt .md .py .jsonl"),
@@ -99,6 +144,23 @@ def test_what_looks_like_a_hub_id_but_stands_on_the_disk_is_local(folder, monkey
 def test_two_sources_never_share_a_label(folder):
     found = distinct_labels([find_source(str(folder)), find_source(str(folder)), find_source(str(folder), name="docs")])
     assert [source.label for source in found] == ["docs", "docs-2", "docs-3"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere file names are Unicode")
+def test_names_that_are_not_utf8_are_spelt_out_wherever_they_go(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    for name in (b"a\xff.txt", b"b.x\xff"):
+        (folder / os.fsdecode(name)).write_text("text")
+    source = find_source(str(folder))
+    assert source.label == "caf\\udce9" and source.ignored == {".x\\udcff": 1}
+    assert find_source(str(folder / "a*.txt")).label == "caf\\udce9"
+    assert find_source(str(folder / os.fsdecode(b"a\xff.txt"))).label == "a\\udcff.txt"
+
+
+def test_digesting_makes_no_run_folder(folder, tmp_path):
+    digests([find_source(str(folder))], tmp_path / "run" / ".work" / "data" / "sources.json")
+    assert not (tmp_path / "run").exists()
 
 
 def test_digests_are_of_the_content_and_follow_a_change(folder, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hfscratch.data.text import Undecodable, cut, decode, decode_file, normalise
@@ -14,6 +14,8 @@ ANY_TEXT = st.text(alphabet=st.characters(codec=None, exclude_categories=()), ma
 
 
 @given(ANY_TEXT)
+@example("\ufeff\ufeffx")
+@example("\x00\ufeffx")
 def test_normalising_twice_changes_nothing_more(text):
     assert normalise(normalise(text)) == normalise(text)
 
@@ -86,6 +88,14 @@ def test_utf16_with_its_mark_is_text_and_bytes_with_nul_are_not():
     assert decode_file("zażółć".encode("utf-16")) == ("zażółć", "decoded as utf-16")
     with pytest.raises(Undecodable, match="binary"):
         decode_file(b"\x7fELF\x00\x01")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("missing", [1, 2, 3])
+def test_of_a_file_that_was_cut_a_character_without_its_end_is_left_out(encoding, missing):
+    data = "zażółć 🙂".encode(encoding)
+    text, note = decode_file(data[:-missing], is_cut=True)
+    assert text == "zażółć " and note == ("decoded as utf-16" if encoding == "utf-16" else None)
 
 
 def test_bytes_that_are_mostly_strange_are_not_text():

@@ -31,7 +31,7 @@ def make_tokenizer(vocab_size: int = 300, **special: str) -> PreTrainedTokenizer
     return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special)
 
 
-def make_model(tokenizer: Any, model_type: str = "llama", *, spread: float = 0.5, seed: int = 0) -> Any:
+def make_model(tokenizer: Any, model_type: str = "llama", *, spread: float = 0.5, seed: int = 0, **more: Any) -> Any:
     """A random model of two layers; a wide `spread` of its weights makes every token depend on all before it."""
     fields: dict[str, Any] = {
         "hidden_size": 32,
@@ -45,6 +45,7 @@ def make_model(tokenizer: Any, model_type: str = "llama", *, spread: float = 0.5
     }
     if model_type == "llama":
         fields |= {"num_key_value_heads": 1, "intermediate_size": 64}
+    fields |= more
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields))
     # Some models start with projections of zeros, and would ignore the context.

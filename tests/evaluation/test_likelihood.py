@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from transformers import LlamaForCausalLM
 
 from hfscratch.errors import UsageError
-from hfscratch.evaluation.likelihood import _windows, default_window, encode, score_texts
+from hfscratch.evaluation import likelihood
+from hfscratch.evaluation.likelihood import _windows, default_window, encode, future_leak, score_texts
 from tests.evaluation.small_model import CONTEXT, TEXT, make_model, make_tokenizer
 
 TEXTS = [TEXT, "x = 1\n", "é", TEXT[5:61], "", "naïve — 中文 👩‍👩‍👧 \x00\r\n", TEXT[:200] + "return"]
@@ -71,6 +72,54 @@ def test_every_token_and_every_byte_is_counted_once(model, tokenizer):
     assert scores.num_bytes.tolist() == [len(text.encode()) for text in TEXTS]
     assert scores.num_scored_once == scores.num_tokens.sum() == sum(map(len, encode(tokenizer, TEXTS)))
     assert scores.num_round_trips == len(TEXTS)
+
+
+@pytest.mark.parametrize("wrong", ["short", "shifted", "padded", "twice"])
+def test_a_likelihood_that_is_missing_or_doubled_shows_in_the_count(model, tokenizer, monkeypatch, wrong):
+    right = likelihood._predict
+
+    def predict(*args):
+        rows = [(positions.copy(), losses) for positions, losses in right(*args)]
+        for number, (positions, losses) in enumerate(rows):
+            if wrong == "short":
+                rows[number] = positions[1:], losses[1:]
+            elif wrong == "shifted":
+                positions[1:] = positions[:-1].copy()
+            elif wrong == "padded":
+                rows[number] = np.append(positions, positions[-1]), np.append(losses, losses[-1])
+            elif wrong == "twice":
+                rows[number] = np.tile(positions, 2), np.tile(losses, 2)
+        return rows
+
+    monkeypatch.setattr(likelihood, "_predict", predict)
+    scores = score_texts(model, tokenizer, TEXTS, window=9, stride=4)
+    assert scores.num_scored_once < scores.num_tokens.sum()
+
+
+@pytest.mark.parametrize("model_type", [*MODEL_TYPES, "bert"])
+def test_a_causal_model_does_not_see_the_future(tokenizer, model_type):
+    more = {"is_decoder": True} if model_type == "bert" else {}
+    model = make_model(tokenizer, model_type, **more)
+    model.train()
+    assert future_leak(model).is_causal
+    assert model.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_bidirectional_model_is_seen_to_look_ahead(tokenizer, dtype):
+    leak = future_leak(make_model(tokenizer, "bert").to(dtype))
+    assert not leak.is_causal
+    assert leak.largest_change > 100 * leak.allowed or dtype is not torch.float32
+
+
+def test_a_model_that_sees_a_single_token_ahead_is_not_causal(model, tokenizer):
+    class Ahead(LlamaForCausalLM):
+        def forward(self, input_ids, use_cache=None):
+            return super().forward(input_ids.roll(-1, dims=1), use_cache=use_cache)
+
+    ahead = Ahead(model.config).eval()
+    ahead.load_state_dict(model.state_dict())
+    assert not future_leak(ahead).is_causal
 
 
 def test_scores_do_not_depend_on_the_batch_or_its_company(model, tokenizer):

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hfscratch import reporting
-from hfscratch.artifact import Proof, Workspace, write_json
+from hfscratch import cli, reporting
+from hfscratch.artifact import Proof, Workspace, read_manifest, write_json
 from hfscratch.errors import UsageError
 from hfscratch.reporting import figures, formats
 
@@ -43,11 +43,16 @@ SAMPLES = [
 ]
 
 
+INPUTS = {"tokenizer": ["data"], "pretrain": ["tokenizer"], "evaluate": ["data", "pretrain"]}
+
+
 def publish(out, stage, fill, **manifest):
     workspace = Workspace(out, stage, key="k")
+    standing = {name: read_manifest(out / name) for name in INPUTS.get(stage, [])}
+    inputs = {name: each["digest"] if each else "of one that is not here" for name, each in standing.items()}
     with workspace.staging() as folder:
         fill(folder)
-        workspace.publish(folder, section={}, inputs={}, **manifest)
+        workspace.publish(folder, section={}, inputs=inputs, **manifest)
 
 
 def publish_data(out):
@@ -93,7 +98,8 @@ def publish_evaluate(out):
         write_json(folder / "metrics.json", {"pretrain": SCORES})
         write_json(folder / "samples.json", SAMPLES)
 
-    publish(out, "evaluate", fill, metrics={"pretrain": SCORES}, timings={"score test": 13.1})
+    proof = Proof("every token is predicted exactly once", True, "all of them")
+    publish(out, "evaluate", fill, metrics={"pretrain": SCORES}, proofs=[proof], timings={"score test": 13.1})
 
 
 @pytest.fixture
@@ -242,11 +248,57 @@ def test_a_report_tells_as_much_as_there_is(tmp_path, stages):
     assert ("How it learned" in page) == ("pretrain" in stages)
 
 
+OF_THE_MODEL = ("1.873", "82.77", "31.5 %", "class Foo(", "score test", "predicted exactly once", "evaluate/")
+
+
+def summary(out, capsys):
+    """What the command line prints of the run."""
+    cli._print_summary(out, "recipe", 1.0)
+    return capsys.readouterr().out
+
+
+def test_figures_of_an_earlier_model_are_left_out_and_the_report_says_so(out, capsys):
+    earlier = "evaluate: of an earlier model; run `hfscratch run RECIPE`"
+    for told in (*write(out), summary(out, capsys)):
+        assert earlier not in told
+        assert "1.873" in told
+    publish_pretrain(out, HISTORY[:-3])
+    page, text = write(out)
+    for told in (page, text, summary(out, capsys)):
+        assert earlier in told
+        assert not [figure for figure in OF_THE_MODEL if figure in told]
+    assert "7.34 M" in text and "How it learned" in page
+    publish_evaluate(out)
+    for told in (*write(out), summary(out, capsys)):
+        assert earlier not in told
+        assert "1.873" in told
+
+
+def test_what_an_outdated_artifact_gave_is_outdated_too(out, capsys):
+    other = {"documents": {"train": 7}, "bytes": {"train": 7}}
+    publish(out, "data", lambda folder: (folder / "README.md").write_text("other data"), metrics=other)
+    for told in (write(out)[1], summary(out, capsys)):
+        for stage in ("tokenizer", "pretrain", "evaluate"):
+            assert f"{stage}: of earlier data; run" in told
+        assert "7,341,056" not in told and "7.34 M" not in told
+
+
 def test_an_artifact_of_a_later_stage_is_listed_too(out):
     publish(out, "export", lambda folder: (folder / "model.onnx").write_bytes(b"0" * 2048), timings={"trace": 4.0})
     page, text = write(out)
     assert "export/" in page and "| export/ | 2.05 kB |" in text
     assert "trace" in page
+
+
+def test_the_summary_counts_only_the_documents_that_were_trained_on(out):
+    assert reporting._context(out)["summary"] == (
+        "A language model of 7.34 M parameters, made from 55 training documents (11.8 MB of text) and a vocabulary of "
+        "4,096."
+    )
+
+
+def test_the_terminal_says_of_how_many_samples_and_documents_a_share_is(out, capsys):
+    assert "31.5% of 200 samples; 27.8% of 18 documents cut alike" in summary(out, capsys)
 
 
 def test_a_run_without_artifacts_has_no_report(tmp_path):
@@ -267,6 +319,16 @@ def test_a_training_of_a_single_point_or_of_none_is_drawn(tmp_path):
     for history in ([], HISTORY[:1], HISTORY[-1:], [{**HISTORY[0], "loss": math.inf, "bits_per_byte": 3.0}]):
         publish_pretrain(tmp_path, history)
         Page(write(tmp_path)[0])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_training_that_diverged_is_drawn_up_to_there(value):
+    names = ("loss", "bits_per_byte", "eval_loss", "eval_bits_per_byte")
+    broken = [{name: value if name in names else figure for name, figure in entry.items()} for entry in HISTORY]
+    assert figures.learning_curve(broken) == ""
+    assert figures.learning_curve(HISTORY + broken, value) == figures.learning_curve(HISTORY)
+    only_loss = [{name: figure for name, figure in entry.items() if "bits" not in name} for entry in HISTORY + broken]
+    assert figures.loss_curve(only_loss).startswith("<svg")
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,9 +20,10 @@ import pytest
 
 from hfscratch import artifact, pipeline
 from hfscratch.artifact import Workspace
-from hfscratch.errors import MachineError, UsageError
+from hfscratch.errors import UsageError
 from hfscratch.stages import data as stage
 from tests.conftest import cli, load
+from tests.data.fake_hub import hub
 
 
 @pytest.fixture
@@ -105,6 +108,39 @@ def test_the_stage_is_fresh_until_text_or_a_field_that_matters_changes(tmp_path,
     assert not run(recipe_file).was_fresh
 
 
+@pytest.mark.parametrize("pattern", ["docs", "docs/**/*", "d*/**/*.py"])
+def test_a_run_folder_inside_the_corpus_is_not_read_and_stays_fresh(tmp_path, corpus, pattern):
+    shutil.copytree(corpus, tmp_path / "docs")
+    recipe_file = write_recipe(tmp_path, tmp_path / pattern)
+    out = f"out={tmp_path / 'docs' / 'run'}"
+    assert not run(recipe_file, out).was_fresh
+    assert run(recipe_file, out).was_fresh
+    manifest = artifact.read_manifest(tmp_path / "docs" / "run" / "data")
+    assert manifest["metrics"]["input_documents"] == len(list(corpus.iterdir()))
+
+
+@pytest.mark.parametrize("pattern", ["docs", "docs/*.py", "docs/../docs/**/*"])
+def test_a_corpus_that_is_also_out_is_refused_at_once_and_read_with_another(tmp_path, corpus, pattern):
+    shutil.copytree(corpus, tmp_path / "docs")
+    recipe_file = write_recipe(tmp_path, tmp_path / pattern)
+    sentence = fails(recipe_file, 2, f"out={tmp_path / 'docs'}")
+    assert "what this recipe writes would be read as text; choose another `out`" in sentence
+    run(recipe_file)
+    manifest = artifact.read_manifest(data_folder(tmp_path))
+    assert manifest["metrics"]["input_documents"] == len(list(corpus.iterdir()))
+
+
+def test_a_file_beside_which_the_run_lies_is_read_and_stays_fresh_and_our_own_artifact_is_refused(tmp_path):
+    (tmp_path / "run").mkdir()
+    book = tmp_path / "run" / "book.txt"
+    book.write_text("".join(f"Line {number}.\n\n" for number in range(500)))
+    recipe_file = write_recipe(tmp_path, book, chunk_chars=100)
+    assert not run(recipe_file).was_fresh
+    assert run(recipe_file).was_fresh
+    with pytest.raises(UsageError, match="choose another `out`"):
+        run(write_recipe(tmp_path, data_folder(tmp_path) / "data" / "*.parquet"))
+
+
 def test_a_moved_run_folder_is_still_fresh(recipe_file, tmp_path):
     run(recipe_file)
     (tmp_path / "run").rename(tmp_path / "moved")
@@ -146,6 +182,9 @@ def test_long_documents_are_cut_when_asked_to(tmp_path):
     assert artifact.read_manifest(data_folder(tmp_path))["metrics"]["input_documents"] > 40
     ids = pq.read_table(data_folder(tmp_path) / "ledger.parquet")["id"].to_pylist()
     assert {"book.txt#0", "book.txt#1"} <= set(ids)
+    card = (data_folder(tmp_path) / "README.md").read_text()
+    assert "Documents of more than 1,000 characters cut" in card
+    assert "Pieces of one long document may fall on different sides." in card
 
 
 @pytest.mark.parametrize(
@@ -170,9 +209,9 @@ def test_a_value_that_cannot_be_is_refused_at_load(recipe_file, field, message):
     assert message in str(caught.value)
 
 
-def fails(recipe_file, code, *words):
+def fails(recipe_file, code, *words, **how):
     """Runs the command line, which must fail in one sentence and leave no artifact; returns the sentence."""
-    completed = cli("data", recipe_file, *words)
+    completed = cli("data", recipe_file, *words, **how)
     last = completed.stderr.strip().splitlines()[-1]
     assert completed.returncode == code, completed.stderr
     assert last.startswith("hfscratch: ") and "Traceback" not in completed.stderr
@@ -237,9 +276,101 @@ def test_an_empty_folder_is_bad_data_and_a_missing_one_bad_usage(tmp_path):
     fails(write_recipe(tmp_path, tmp_path / "nowhere"), 2)
 
 
-def test_a_hub_id_without_network_is_one_sentence(tmp_path):
-    sentence = fails(write_recipe(tmp_path, "nobody/nothing"), 5)
-    assert "data.sources[0].path 'nobody/nothing' is neither a file nor a folder here" in sentence
+def with_hub(endpoint, tmp_path):
+    """The environment of a process that looks up a Hub of ours, with nothing in its cache."""
+    return {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home")}
+
+
+def closed_port():
+    """An endpoint where nobody listens."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def without_answer(status=None):
+    """A Hub that answers everything with `status`; None: that does not answer."""
+    return hub(status=status) if status else contextlib.nullcontext(closed_port())
+
+
+ABSENT = "is neither a file nor a folder here"
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (None, "it cannot be had: the Hub cannot be reached, and it is not in the cache"),
+        (503, "it cannot be had: the Hub answers with status 503, and it is not in the cache"),
+        (429, "it cannot be had: the Hub answers with status 429, and it is not in the cache"),
+        (404, "the Hub gives no such dataset (status 404)"),
+        (401, "the Hub gives no such dataset (status 401)"),
+    ],
+)
+def test_a_hub_id_that_cannot_be_had_is_one_sentence_soon(tmp_path, status, message):
+    with without_answer(status) as endpoint:
+        env = with_hub(endpoint, tmp_path)
+        sentence = fails(write_recipe(tmp_path, "someone/small"), 5, env=env, timeout_s=30)
+    assert f"data.sources[0].path 'someone/small' {ABSENT}" in sentence and message in sentence
+
+
+def test_a_hub_id_where_the_hub_is_switched_off_is_one_sentence(tmp_path):
+    assert ABSENT in fails(write_recipe(tmp_path, "nobody/nothing"), 5, env={"HF_HUB_OFFLINE": "1"})
+
+
+RECORDS = "".join(json.dumps({"text": f"Text {number}."}) + "\n" for number in range(50)).encode()
+TWO_CONFIGURATIONS = b"""---
+configs:
+- {config_name: first, data_files: a.jsonl}
+- {config_name: second, data_files: b.jsonl}
+---
+"""
+
+
+@pytest.mark.parametrize(
+    ("files", "code", "message"),
+    [
+        ({"small.py": b"import this"}, 2, "is made by a script, and `datasets` runs none any more"),
+        (
+            {"README.md": TWO_CONFIGURATIONS, "a.jsonl": RECORDS, "b.jsonl": RECORDS},
+            2,
+            "has several configurations, and to choose one is not supported",
+        ),
+        ({"train.jsonl": RECORDS + b'{"text": \n'}, 3, "cannot be read: JSON parse error"),
+        ({"picture.xyz": b"?"}, 3, "cannot be read: No (supported) data files found"),
+    ],
+)
+def test_a_dataset_of_the_hub_that_cannot_be_read_says_why(tmp_path, files, code, message):
+    with hub(files) as endpoint:
+        env = with_hub(endpoint, tmp_path)
+        assert message in fails(write_recipe(tmp_path, "someone/small"), code, env=env, timeout_s=30)
+
+
+INTERRUPTED = """
+import sys
+from hfscratch.cli import main
+from hfscratch.data import corpus
+
+def interrupted(*args, **kwargs):
+    raise KeyboardInterrupt
+
+corpus.decide = interrupted
+sys.exit(main(["data", sys.argv[1]]))
+"""
+
+
+def test_a_dataset_of_the_hub_is_downloaded_and_an_interrupted_reading_of_another_revision_is_not_taken_up(tmp_path):
+    recipe_file = write_recipe(tmp_path, "someone/small")
+    with hub({"train.jsonl": RECORDS}) as endpoint:
+        words = [sys.executable, "-c", INTERRUPTED, str(recipe_file)]
+        env = os.environ | with_hub(endpoint, tmp_path)
+        completed = subprocess.run(words, env=env, capture_output=True, text=True, timeout=60)
+    assert completed.returncode == 130, completed.stderr
+    assert any((tmp_path / "run" / ".work" / "data" / "reading").rglob("completions/*"))
+    with hub({"train.jsonl": RECORDS.replace(b"Text", b"Other text")}, revision="f" * 40) as endpoint:
+        completed = cli("data", recipe_file, env=with_hub(endpoint, tmp_path))
+    assert completed.returncode == 0, completed.stderr
+    rows = [row for path in (data_folder(tmp_path) / "data").iterdir() for row in pq.read_table(path).to_pylist()]
+    assert {row["text"] for row in rows} == {f"Other text {number}." for number in range(50)}
 
 
 @pytest.fixture
@@ -260,10 +391,13 @@ def hub_cache(tmp_path):
     return cache
 
 
-def test_a_dataset_of_the_hub_that_is_in_the_cache_is_read(tmp_path, hub_cache):
+@pytest.mark.parametrize("status", [None, 503])
+def test_a_dataset_of_the_hub_that_is_in_the_cache_is_read_where_the_hub_does_not_answer(tmp_path, hub_cache, status):
     source = {"path": "someone/small", "text_column": "content"}
     recipe_file = write_recipe(tmp_path, source)
-    completed = cli("data", recipe_file, env={"HF_DATASETS_CACHE": str(hub_cache), "HF_HUB_OFFLINE": "1"})
+    with without_answer(status) as endpoint:
+        env = with_hub(endpoint, tmp_path) | {"HF_DATASETS_CACHE": str(hub_cache)}
+        completed = cli("data", recipe_file, env=env, timeout_s=30)
     assert completed.returncode == 0, completed.stderr
     ledger = pq.read_table(data_folder(tmp_path) / "ledger.parquet").to_pylist()
     assert len(ledger) == 31
@@ -286,10 +420,3 @@ def test_a_column_or_split_that_a_hub_dataset_lacks_is_named(tmp_path, hub_cache
     source = {"path": "someone/small", "text_column": "content", "split": "dev"}
     completed = cli("data", write_recipe(tmp_path, source), env=env)
     assert completed.returncode == 2 and "dev" in completed.stderr
-
-
-def test_the_hub_lookup_gives_up_at_once_when_there_is_no_network():
-    from hfscratch.data import corpus, find_source
-
-    with pytest.raises(MachineError, match="not in the cache"):
-        corpus.load_from_hub(find_source("nobody/nothing"))

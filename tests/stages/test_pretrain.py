@@ -113,7 +113,7 @@ def test_a_type_that_has_no_causal_model_is_refused_before_any_work(run_folder):
 
 
 def test_killed_training_goes_on_from_its_last_checkpoint(run_folder):
-    overrides = ["pretrain.max_steps=200", "pretrain.eval_steps=10", "pretrain.save_steps=10"]
+    overrides = ["pretrain.max_steps=200", "pretrain.eval_steps=10", "pretrain.early_stopping_patience=null"]
     process = start(run_folder, *overrides)
     wait_for_checkpoint(run_folder, process)
     process.kill()
@@ -153,7 +153,9 @@ def test_a_resumed_run_reads_the_same_rows_and_ends_at_the_same_loss(run_folder,
 
 
 def test_sigterm_saves_a_checkpoint_and_exits_143(run_folder):
-    process = start(run_folder, "pretrain.max_steps=2000", "pretrain.eval_steps=50", "pretrain.save_steps=50")
+    process = start(
+        run_folder, "pretrain.max_steps=2000", "pretrain.eval_steps=50", "pretrain.early_stopping_patience=null"
+    )
     first = wait_for_checkpoint(run_folder, process)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
@@ -165,7 +167,9 @@ def test_sigterm_saves_a_checkpoint_and_exits_143(run_folder):
 
 
 def test_a_changed_recipe_does_not_go_on_from_the_old_recipes_checkpoint(run_folder):
-    process = start(run_folder, "pretrain.max_steps=2000", "pretrain.eval_steps=10", "pretrain.save_steps=10")
+    process = start(
+        run_folder, "pretrain.max_steps=2000", "pretrain.eval_steps=10", "pretrain.early_stopping_patience=null"
+    )
     wait_for_checkpoint(run_folder, process)
     process.kill()
     process.wait()
@@ -185,7 +189,29 @@ def test_training_stops_early_when_validation_stops_improving_and_keeps_the_best
     )
     assert metrics["steps"] < 400
     validated = {row["step"]: row["eval_loss"] for row in metrics["history"] if "eval_loss" in row}
-    assert metrics["published_step"] == min(validated, key=validated.get)
+    best = min(validated, key=validated.get)
+    assert metrics["published_step"] == best
+    assert validation_loss(run_folder, metrics) == pytest.approx(validated[best], rel=2e-2)
+
+
+def validation_loss(folder: Path, metrics: dict) -> float:
+    """The published folder's loss on the rows that training validated on."""
+    from transformers import AutoModelForCausalLM
+
+    from hfscratch import tokens
+
+    split = tokens.TokenizedSplit(folder / "run" / "tokenizer" / "tokens", "validation")
+    index = tokens.PackingIndex(split.lengths, sequence_length=64, seed=0)
+    num_rows = max(1, min(32768, 64 * 4 * metrics_steps(folder) // 40) // 64)
+    rows = tokens.PackedRows(split, index, num_rows=num_rows, bos_token_id=0, isolate_documents=True)
+    model = AutoModelForCausalLM.from_pretrained(folder / "run" / "pretrain").eval()
+    with torch.no_grad():
+        return model(**tokens.collate([rows[i] for i in range(len(rows))]), use_cache=False).loss.item()
+
+
+def metrics_steps(folder: Path) -> int:
+    """The steps that the recipe planned, from the manifest's section."""
+    return artifact.read_manifest(folder / "run" / "pretrain")["section"]["pretrain"]["max_steps"]
 
 
 def test_without_a_validation_split_it_trains_without_validation(run_folder):
@@ -220,6 +246,35 @@ def test_a_corpus_smaller_than_one_row_is_named(run_folder):
         pretrain(run_folder, "pretrain.sequence_length=9999990", "pretrain.batch_tokens=9999990")
 
 
+@pytest.mark.parametrize("given", ["pretrain.eval_steps=5", "pretrain.save_steps=7"])
+def test_of_validations_and_checkpoints_one_follows_the_other(run_folder, given):
+    metrics = pretrain(run_folder, given, "pretrain.max_steps=14")
+    every = int(given.split("=")[1])
+    validated = [row["step"] for row in metrics["history"] if "eval_loss" in row]
+    assert validated == [*range(every, 14, every), 14]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("pretrain.learning_rate=-1", "learning_rate is -1"),
+        ("pretrain.learning_rates.matrix=.nan", "learning_rates.matrix is nan"),
+        ("pretrain.adam_beta1=1.5", "adam_beta1 is 1.5"),
+        ("pretrain.use_cache=true", "would see each other"),
+        ("pretrain.report_to=nonsense", "nonsense"),
+        ("pretrain.optim=nonsense", "nonsense"),
+        ("model={type: gpt2, n_layer: 1, hidden_size: 64, n_head: 3}", "gpt2"),
+        ("model={type: llama, depth: 1, hidden_act: foo}", "foo"),
+        ("model={type: opt, depth: 1}", "pretrain.isolate_documents=false"),
+        ("model={type: gpt2, depth: 1, n_positions: 8}", "sequence_length is 64, and the model reads at most 8 tokens"),
+    ],
+)
+def test_what_the_trainer_or_the_model_cannot_do_is_said_before_any_work(tiny_recipe, override, said):
+    with pytest.raises(UsageError, match=said):
+        pipeline.run(load(tiny_recipe, override))
+    assert not (tiny_recipe.parent / "run" / "data").exists()
+
+
 def test_contradictory_arguments_are_one_sentence_before_any_work(run_folder):
     done = cli(
         "pretrain",
@@ -230,7 +285,7 @@ def test_contradictory_arguments_are_one_sentence_before_any_work(run_folder):
     )
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    assert "found 7, which is not a round multiple of 5" in done.stderr
+    assert "validation is every 5 steps and checkpoints every 7 steps" in done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two processes need two GPUs, or none")
@@ -280,7 +335,8 @@ def test_a_stock_type_learns_more_than_how_often_each_token_occurs(run_folder, m
 
     from hfscratch.tokens import TokenizedSplit
 
-    metrics = pretrain(run_folder, f"model={model}", "model.hidden_size=64", "pretrain.max_steps=250")
+    isolate = f"pretrain.isolate_documents={'false' if 'bert' in model else 'true'}"
+    metrics = pretrain(run_folder, f"model={model}", "model.hidden_size=64", "pretrain.max_steps=250", isolate)
     split = TokenizedSplit(run_folder / "run" / "tokenizer" / "tokens", "train")
     counts = np.bincount(np.concatenate([split.read(i, 0, n) for i, n in enumerate(split.lengths)]))
     shares = counts[counts > 0] / counts.sum()
@@ -289,7 +345,8 @@ def test_a_stock_type_learns_more_than_how_often_each_token_occurs(run_folder, m
 
 
 @pytest.mark.parametrize(
-    ("model", "said"), [("{type: roberta, depth: 1}", "cannot read a row"), ("{type: xlnet, depth: 1}", "")]
+    ("model", "said"),
+    [("{type: roberta, depth: 1}", "cannot be built and read a row"), ("{type: xlnet, depth: 1}", "")],
 )
 def test_a_model_that_looks_ahead_or_cannot_read_a_row_is_refused_before_any_work(tiny_recipe, model, said):
     done = cli("run", tiny_recipe, f"model={model}")
@@ -298,3 +355,38 @@ def test_a_model_that_looks_ahead_or_cannot_read_a_row_is_refused_before_any_wor
     assert "model" in done.stderr
     assert said in done.stderr
     assert not (tiny_recipe.parent / "run" / "data").exists()
+
+
+def test_a_signal_that_reaches_two_processes_at_different_steps_stops_both(run_folder):
+    """One process learns of SIGTERM, the other does not: both save at the same step and end."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "hfscratch", "pretrain"]
+    words = [
+        *launch,
+        run_folder / "tiny.yaml",
+        f"out={run_folder / 'run'}",
+        "pretrain.max_steps=5000",
+        "pretrain.eval_steps=20",
+    ]
+    process = subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    saved = wait_for_checkpoint(run_folder, process)
+    import psutil
+
+    workers = psutil.Process(process.pid).children()
+    assert len(workers) == 2
+    workers[1].send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert "stopped by SIGTERM after step" in errors
+    assert len(list(saved.parent.glob("checkpoint-*"))) >= 1
+
+
+def test_force_begins_from_nothing(run_folder):
+    process = start(run_folder, "pretrain.max_steps=2000", "pretrain.eval_steps=10")
+    wait_for_checkpoint(run_folder, process)
+    process.kill()
+    process.wait()
+    done = cli(
+        "pretrain", run_folder / "tiny.yaml", "--force", f"out={run_folder / 'run'}", "pretrain.max_steps=2000",
+        "pretrain.eval_steps=10", "pretrain.early_stopping_patience=1", "pretrain.learning_rate=0.3",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "going on from step" not in done.stderr
