@@ -113,6 +113,9 @@ def _prepare() -> None:
     """Quiet libraries, our own log on stderr (rank 0 only), before any of them is imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # OpenMP's threads spin for milliseconds while they wait for each other: with one other busy program on a small
+    # machine, training was measured 15 times slower (docs/log.md). A short spin costs nothing on an idle one.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     log = logging.getLogger("hfscratch")
     log.setLevel(logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.ERROR)

@@ -13,6 +13,7 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the command line does, before torch is imported
 
 from hfscratch import pipeline, recipe
 
