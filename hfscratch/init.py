@@ -97,7 +97,7 @@ def write_recipe(
 
 
 def _plan(inspection: Inspection, minutes: float) -> _Plan:
-    from hfscratch.training.batch import default_batch_tokens
+    from hfscratch.training.batch import default_batch_tokens, training_seconds
 
     size = inspection.num_bytes
     fraction = min(0.1, max(0.005, HELD_OUT_BYTES / size)) if size < 20 * HELD_OUT_BYTES else HELD_OUT_BYTES / size
@@ -118,7 +118,7 @@ def _plan(inspection: Inspection, minutes: float) -> _Plan:
     chosen: tuple[int, int, float] | None = None
     for depth in DEPTHS:
         parameters, per_s = _measure(depth, vocab_size, sequence_length)
-        affordable = int(available * per_s / 1.15)
+        affordable = int(available * per_s / 1.3)
         tokens = min(affordable, 20 * parameters, MAX_EPOCHS * corpus_tokens)
         if chosen is not None and tokens < TOKENS_PER_PARAMETER * parameters:
             break
@@ -127,11 +127,15 @@ def _plan(inspection: Inspection, minutes: float) -> _Plan:
             break
     assert chosen is not None
     depth, max_tokens, per_s = chosen
+    held_out_tokens = size * fraction / bytes_per_token
     batch_tokens = min(default_batch_tokens(max_tokens, sequence_length), 16 * sequence_length)
     max_tokens = max(max_tokens // batch_tokens, 20) * batch_tokens
     epochs = max_tokens / corpus_tokens
-    training = PREPARE_S + max_tokens / per_s * 1.15
-    held_out_tokens = size * fraction / bytes_per_token
+    steps = max_tokens // batch_tokens
+    evaluation_tokens = int(min(held_out_tokens, 32768, max_tokens / 40) * 8)
+    training = PREPARE_S + training_seconds(
+        steps, batch_tokens / per_s, evaluation_tokens=evaluation_tokens, tokens_per_step=batch_tokens
+    )
     return _Plan(
         depth=depth,
         vocab_size=vocab_size,

@@ -320,9 +320,12 @@ def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
             model.to("cuda")
         sample = tokens.collate([train_rows[i] for i in range(micro_rows)])
         per_micro = batch.seconds_per_step(model, sample, bf16=chosen.is_bf16)
-        per_token = per_micro / (micro_rows * section.sequence_length)
-        evaluation_tokens = len(validation_rows or ()) * section.sequence_length * NUM_EVALUATIONS
-        seconds = budget.tokens * per_token * 1.1 + evaluation_tokens * per_token / 3
+        seconds = batch.training_seconds(
+            budget.max_steps,
+            per_micro * (rows_per_process // micro_rows),
+            evaluation_tokens=len(validation_rows or ()) * section.sequence_length * NUM_EVALUATIONS,
+            tokens_per_step=budget.batch_tokens,
+        )
     compiled = _compile_reason(section, seconds)
     arguments = make_arguments(
         max_steps=budget.max_steps,

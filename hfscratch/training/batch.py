@@ -11,6 +11,8 @@ import torch
 
 MEMORY_SHARE = 0.4
 """Share of the free memory that activations may take."""
+STEP_OVERHEAD_S = 0.012
+"""What the Trainer, the optimizer and the reading of rows add to a step, on a CPU."""
 MAX_CPU_TOKENS = 8192
 """Tokens that a CPU works on at a time: more fills its caches, not its cores."""
 
@@ -80,3 +82,14 @@ def seconds_per_step(model: Any, batch: dict[str, torch.Tensor], *, bf16: bool, 
         model.zero_grad(set_to_none=True)
     model.train(was_training)
     return best
+
+
+def training_seconds(steps: int, step_s: float, *, evaluation_tokens: int = 0, tokens_per_step: int = 1) -> float:
+    """About how long training takes.
+
+    Args:
+        step_s: forward and backward over all that a step reads, as `seconds_per_step` gives it (its best; a tenth
+            more is usual).
+        evaluation_tokens: read in all validations together, forward only.
+    """
+    return steps * (1.1 * step_s + STEP_OVERHEAD_S) + evaluation_tokens / tokens_per_step * step_s / 3
