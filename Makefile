@@ -38,13 +38,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,deepspeed]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,deepspeed,finetune,export]'
 	touch $@
 
 $(COMPAT)/.installed: constraints-optimum.txt
 	$(PYTHON) -m venv $(COMPAT)
 	$(COMPAT)/bin/python -m pip install --quiet --constraint constraints-optimum.txt $(TORCH)
-	$(COMPAT)/bin/python -m pip install --quiet --constraint constraints-optimum.txt transformers
+	$(COMPAT)/bin/python -m pip install --quiet --constraint constraints-optimum.txt transformers optimum-onnx onnxruntime wrapt
 	touch $@
 
 clean:

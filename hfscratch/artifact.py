@@ -38,6 +38,11 @@ RECORDED_PACKAGES = (
     "datatrove",
     "evaluate",
     "deepspeed",
+    "trl",
+    "peft",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
 )
 
 

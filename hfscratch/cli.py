@@ -39,7 +39,9 @@ STAGE_HELP = {
     "data": "read, normalise, deduplicate and split raw text",
     "tokenizer": "train a tokenizer and turn the text into token ids",
     "pretrain": "train a model from random weights",
+    "finetune": "teach the model a task: docstrings for functions, or instructions (needs the extra 'finetune')",
     "evaluate": "score the model on text it never saw",
+    "export": "write the model for other runtimes: ONNX (needs the extra 'export')",
 }
 
 DISK_FULL = ("No space left on device", "os error 28", "File too large", "os error 27")
@@ -205,7 +207,11 @@ def _stage_help(stage: str) -> dict[str, str]:
         docs, hints = field_docs(cls), typing.get_type_hints(cls)
         for each in dataclasses.fields(cls):
             if "names" in each.metadata:
-                owner = "transformers.TrainingArguments" if prefix == "pretrain" else "the type's own configuration"
+                owner = (
+                    "transformers.TrainingArguments"
+                    if prefix in ("pretrain", "finetune")
+                    else "the type's own configuration"
+                )
                 lines.append(f"  {prefix}.…: any other field of {owner}")
                 continue
             nested: list[Any] = [

@@ -117,7 +117,7 @@ def _plan(inspection: Inspection, minutes: float) -> _Plan:
     available = max(minutes * 60 - sum(fixed.values()) - EVALUATE_S, 10.0)
     chosen: tuple[int, int, float] | None = None
     for depth in DEPTHS:
-        parameters, per_s = _measure(depth, vocab_size, sequence_length)
+        parameters, per_s = _measure(depth, vocab_size, sequence_length, batch_tokens=2048, dropout=0.1)
         affordable = int(available * per_s / 1.3)
         tokens = min(affordable, 20 * parameters, MAX_EPOCHS * corpus_tokens)
         if chosen is not None and tokens < TOKENS_PER_PARAMETER * parameters:
@@ -129,8 +129,12 @@ def _plan(inspection: Inspection, minutes: float) -> _Plan:
     depth, max_tokens, per_s = chosen
     held_out_tokens = size * fraction / bytes_per_token
     batch_tokens = min(default_batch_tokens(max_tokens, sequence_length), 16 * sequence_length)
-    max_tokens = max(max_tokens // batch_tokens, 20) * batch_tokens
+    # Measured again as it will be: how much a step reads, and dropout, change the speed by a half.
     epochs = max_tokens / corpus_tokens
+    dropout = 0.2 if epochs > 4 else 0.1 if epochs > 1.5 else 0.0
+    _, per_s = _measure(depth, vocab_size, sequence_length, batch_tokens=batch_tokens, dropout=dropout)
+    max_tokens = min(max_tokens, int(available * per_s / 1.3))
+    max_tokens = max(max_tokens // batch_tokens, 20) * batch_tokens
     steps = max_tokens // batch_tokens
     evaluation_tokens = int(min(held_out_tokens, 32768, max_tokens / 40) * 8)
     training = PREPARE_S + training_seconds(
@@ -142,7 +146,7 @@ def _plan(inspection: Inspection, minutes: float) -> _Plan:
         sequence_length=sequence_length,
         batch_tokens=batch_tokens,
         max_tokens=max_tokens,
-        dropout=0.2 if epochs > 4 else 0.1 if epochs > 1.5 else 0.0,
+        dropout=dropout,
         fraction=fraction,
         chunk_chars=chunk_chars,
         corpus_tokens=corpus_tokens,
@@ -168,7 +172,9 @@ def _import_seconds() -> float:
     return time.perf_counter() - started
 
 
-def _measure(depth: int, vocab_size: int, sequence_length: int) -> tuple[int, float]:
+def _measure(
+    depth: int, vocab_size: int, sequence_length: int, *, batch_tokens: int, dropout: float
+) -> tuple[int, float]:
     """`(parameters, tokens a second of training)` of a model of this depth on this machine."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -180,13 +186,13 @@ def _measure(depth: int, vocab_size: int, sequence_length: int) -> tuple[int, fl
     config = build_config(
         "scratch",
         depth=depth,
-        fields={},
+        fields={"dropout": dropout},
         vocab_size=vocab_size,
         special_ids={"pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1},
         sequence_length=sequence_length,
     )
     model = AutoModelForCausalLM.from_config(config)
-    rows = max(1, 1024 // sequence_length)
+    rows = max(1, batch_tokens // sequence_length)
     ids = torch.randint(0, vocab_size, (rows, sequence_length))  # (batch, seq)
     positions = torch.arange(sequence_length).expand(rows, -1)
     batch = {"input_ids": ids, "labels": ids, "position_ids": positions}

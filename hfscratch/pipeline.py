@@ -25,9 +25,9 @@ from hfscratch.artifact import Workspace
 from hfscratch.errors import UsageError
 from hfscratch.recipe import Recipe, to_yaml
 
-STAGES = ("data", "tokenizer", "pretrain", "evaluate")
+STAGES = ("data", "tokenizer", "pretrain", "finetune", "evaluate", "export")
 """Every stage, in the order in which `run` takes them."""
-COLLECTIVE = ("pretrain",)
+COLLECTIVE = ("pretrain", "finetune")
 """Stages that run on all processes of a launcher."""
 POLL_S = 0.5
 
@@ -80,7 +80,9 @@ def run(
     forced = set(stages) if force else set(stages[stages.index(start) :]) if start else set()
     rank = int(os.environ.get("RANK", 0))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and forced - set(COLLECTIVE):
-        raise UsageError("under a launcher only pretrain can be forced; force the other stages in a run without it")
+        raise UsageError(
+            f"under a launcher only {' and '.join(COLLECTIVE)} can be forced; force other stages in a run without it"
+        )
 
     lock: Any = contextlib.nullcontext()
     if rank == 0:
@@ -188,7 +190,8 @@ def _run_stage(recipe: Recipe, stage: str, rank: int, *, is_stale: bool, from_no
     workspace = Workspace(recipe.out, stage, is_stale=is_stale)
     started = time.perf_counter()
     if rank == 0:
-        for name in module.INPUTS:
+        needed = module.inputs(recipe, recipe.out) if hasattr(module, "inputs") else module.INPUTS
+        for name in needed:
             workspace.input(name)  # names the missing one
         if from_nothing:
             shutil.rmtree(workspace.work, ignore_errors=True)

@@ -43,6 +43,8 @@ def load_model(folder_or_id: str | Path, *, trust_remote_code: bool = False) -> 
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     source, options = _locate(folder_or_id)
+    if _is_onnx(source):
+        return _load_onnx(source)
     options["trust_remote_code"] = trust_remote_code
     with _quiet():
         with _reading(source, "config.json"):
@@ -91,6 +93,23 @@ def load_model(folder_or_id: str | Path, *, trust_remote_code: bool = False) -> 
         with _reading(source, "a value of config.json"):
             _write_one_token(source, model)
     return model, tokenizer
+
+
+def _is_onnx(source: str) -> bool:
+    """Whether a folder holds a model for ONNX Runtime, and no weights for torch."""
+    from hfscratch.export import has_graph
+
+    return Path(source).is_dir() and has_graph(source) and not any(Path(source).glob("*.safetensors"))
+
+
+def _load_onnx(source: str) -> tuple[Any, Any]:
+    from transformers import AutoTokenizer
+
+    from hfscratch.export import OnnxForCausalLM
+
+    with _quiet(), _reading(source, "the ONNX folder"):
+        model = OnnxForCausalLM.from_pretrained(source)
+        return model, AutoTokenizer.from_pretrained(source, local_files_only=True)
 
 
 def stream(

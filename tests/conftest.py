@@ -17,6 +17,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as the command line does, bef
 
 from hfscratch import pipeline, recipe
 
+RUN_STAGES = ("data", "tokenizer", "pretrain", "evaluate")
+"""The stages of the tiny recipe; the others have finished runs of their own in their tests."""
 TINY = """
 name: tiny
 out: {out}

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from hfscratch import __version__, pipeline
-from tests.conftest import TINY, cli
+from tests.conftest import RUN_STAGES, TINY, cli
 
 
 def refuse(done: subprocess.CompletedProcess, exit_code: int, *words: str) -> None:
@@ -217,7 +217,7 @@ def test_a_folder_that_is_no_model_exits_2(tmp_path):
     refuse(cli("generate", tmp_path / "nothing"), 2, "nothing")
 
 
-@pytest.mark.parametrize("stage", pipeline.STAGES)
+@pytest.mark.parametrize("stage", RUN_STAGES)
 def test_ctrl_c_in_any_stage_exits_130_and_publishes_nothing(stage, finished_run, tmp_path):
     shutil.copytree(finished_run / "run", tmp_path / "run")
     shutil.copy(finished_run / "tiny.yaml", tmp_path / "tiny.yaml")

@@ -11,6 +11,7 @@ import sys
 import torch
 
 from hfscratch import artifact, pipeline
+from tests.conftest import RUN_STAGES
 
 OUTSIDER = """
 import json, sys
@@ -71,7 +72,7 @@ def test_load_dataset_opens_data_and_tokens_with_equal_documents(finished_run, t
 
 def test_every_artifact_records_where_it_came_from_and_every_proof_holds(finished_run):
     manifests = pipeline.manifests(finished_run / "run")
-    assert list(manifests) == list(pipeline.STAGES)
+    assert list(manifests) == list(RUN_STAGES)
     for stage, manifest in manifests.items():
         assert manifest["proofs"], stage
         assert all(proof["holds"] for proof in manifest["proofs"])

@@ -78,7 +78,7 @@ def test_a_corpus_of_python_is_judged_by_whether_samples_parse(corpus, tmp_path)
 
 def test_more_minutes_never_choose_a_smaller_model(corpus, tmp_path, monkeypatch):
     """With the speeds of one machine held fixed."""
-    monkeypatch.setattr(init, "_measure", lambda depth, vocab_size, length: (2_000 * depth**3, 200_000 / depth**2))
+    monkeypatch.setattr(init, "_measure", lambda depth, *_, **__: (2_000 * depth**3, 200_000 / depth**2))
     chosen = []
     for minutes in (0.5, 2, 10, 60):
         written = init.write_recipe(str(corpus), output=tmp_path / "x.yaml", minutes=minutes, force=True)

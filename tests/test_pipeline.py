@@ -16,7 +16,7 @@ import pytest
 
 from hfscratch import artifact, pipeline
 from hfscratch.errors import UsageError
-from tests.conftest import TINY, cli, load
+from tests.conftest import RUN_STAGES, TINY, cli, load
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_a_lost_file_makes_its_artifact_stale(run_copy):
 
 def test_a_seed_decides_everything_and_runs_repeat_exactly(run_copy, finished_run):
     shutil.rmtree(run_copy / "run")
-    assert ran(run_copy) == list(pipeline.STAGES)
+    assert ran(run_copy) == list(RUN_STAGES)
     for stage in ("data", "tokenizer"):
         ours, theirs = (artifact.read_manifest(folder / "run" / stage) for folder in (run_copy, finished_run))
         assert ours["digest"] == theirs["digest"]
@@ -192,8 +192,8 @@ def test_twenty_random_kills_over_a_whole_run_leave_no_half_artifact_and_the_las
             kills += 1
         else:
             assert process.returncode == 0
-            shutil.rmtree(out / rng.choice(pipeline.STAGES))  # finished too early: make it work again
-        for stage in pipeline.STAGES:
+            shutil.rmtree(out / rng.choice(RUN_STAGES))  # finished too early: make it work again
+        for stage in RUN_STAGES:
             manifest = artifact.read_manifest(out / stage) if (out / stage).exists() else None
             if (out / stage).exists():
                 assert manifest is not None, f"{stage} stands without a manifest"
@@ -201,6 +201,6 @@ def test_twenty_random_kills_over_a_whole_run_leave_no_half_artifact_and_the_las
                     assert artifact.digest_file(out / stage / name) == entry["sha256"]
     done = cli(*command[3:])
     assert done.returncode == 0, done.stderr
-    assert [stage for stage in pipeline.STAGES if (out / stage / "manifest.json").exists()] == list(pipeline.STAGES)
+    assert [stage for stage in RUN_STAGES if (out / stage / "manifest.json").exists()] == list(RUN_STAGES)
     leftovers = [path for path in (out / ".work").rglob("*") if path.name in ("staging", "ready", "old")]
     assert not leftovers

@@ -18,7 +18,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,7 @@ from hfscratch import artifact
 from hfscratch.artifact import Proof, Workspace
 from hfscratch.errors import MachineError, Terminated, UsageError
 from hfscratch.recipe import Recipe, open_field, to_dict
-from hfscratch.training.arguments import argument_names, refused
+from hfscratch.training.arguments import argument_names, as_usage_errors, refused
 
 logger = logging.getLogger(__name__)
 
@@ -204,7 +204,7 @@ def check(recipe: Recipe) -> None:
     arguments = _training_arguments(
         section, Path("unused"), recipe.seed, max_steps=10**6, rates=None, has_validation=True
     )
-    with _as_usage_errors():
+    with as_usage_errors("pretrain"):
         from transformers import Trainer
         from transformers.integrations import get_reporting_integration_callbacks
 
@@ -237,7 +237,7 @@ def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
 
     from hfscratch import tokens
     from hfscratch.planning.shape import count_parameters, training_flops_per_token
-    from hfscratch.training import batch, callbacks, checkpoints, precision
+    from hfscratch.training import batch, callbacks, checkpoints, precision, processes
     from hfscratch.training.trainer import PretrainTrainer
 
     if int(transformers.__version__.split(".")[0]) < 5:
@@ -273,9 +273,9 @@ def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
     )
     make_arguments(max_steps=1, rates=None)
     # What a process measures for itself, the first measures for all.
-    if not _broadcast(workspace.is_stale, world_size):
+    if not processes.broadcast(workspace.is_stale, world_size):
         return []
-    chosen = _broadcast(chosen, world_size)
+    chosen = processes.broadcast(chosen, world_size)
     transformers.set_seed(recipe.seed)
     model = model_class.from_config(config, dtype=torch.float32)
     num_parameters = _num_parameters(model) or count_parameters(model)
@@ -287,7 +287,9 @@ def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
             f"{world_size} processes; the nearest value that does is {nearest}"
         )
     rows_per_process = budget.rows_per_step // world_size
-    micro_rows = _broadcast(batch.micro_batch_rows(rows_per_process, section.sequence_length, config), world_size)
+    micro_rows = processes.broadcast(
+        batch.micro_batch_rows(rows_per_process, section.sequence_length, config), world_size
+    )
     rates = _rates(section, config)
 
     train_rows = tokens.PackedRows(
@@ -372,7 +374,7 @@ def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
         )
 
     if rank == 0:
-        _drop_other_runs(workspace.work, checkpoint_folder)
+        checkpoints.drop_other_runs(workspace.work, checkpoint_folder)
         artifact.make_folder(checkpoint_folder)
         artifact.require_free_space(checkpoint_folder, 4 * model_bytes)
     stop = callbacks.StopOnSignal()
@@ -393,7 +395,7 @@ def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
         )
     if arguments.load_best_model_at_end and section.early_stopping_patience:
         trainer_callbacks.append(transformers.EarlyStoppingCallback(section.early_stopping_patience))
-    with _as_usage_errors():
+    with as_usage_errors("pretrain"):
         trainer = PretrainTrainer(
             model=model,
             args=arguments,
@@ -408,7 +410,7 @@ def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
     transformers.set_seed(recipe.seed)
 
     resume_from = checkpoints.latest(checkpoint_folder) if rank == 0 else None
-    resume_from = _broadcast(resume_from, world_size)
+    resume_from = processes.broadcast(resume_from, world_size)
     if resume_from is not None and rank == 0:
         logger.info("going on from step %d of an interrupted run", checkpoints.step_of(resume_from))
     before_training = time.perf_counter() - started
@@ -427,9 +429,9 @@ def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
     ahead = _looks_ahead(model, probe.to(arguments.device))
     staging: Any = workspace.staging() if rank == 0 else contextlib.nullcontext(workspace.work / "staging")
     with staging as folder:
-        _wait_for_everyone(world_size)
+        processes.wait_for_everyone(world_size)
         trainer.save_model(str(folder))
-        _wait_for_everyone(world_size)
+        processes.wait_for_everyone(world_size)
         if rank == 0:
             history, samples = _history(trainer.state.log_history, budget.batch_tokens, progress)
             loads_best = arguments.load_best_model_at_end and trainer.state.best_model_checkpoint is not None
@@ -467,7 +469,7 @@ def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
                 timings={"prepare": before_training, "train": train_seconds},
             )
             shutil.rmtree(checkpoint_folder, ignore_errors=True)
-    _wait_for_everyone(world_size)
+    processes.wait_for_everyone(world_size)
     if rank != 0:
         return []
     validated = [each for each in history if "eval_bits_per_byte" in each]
@@ -564,17 +566,6 @@ def _require_usable(model_class: Any, config: Any, section: PretrainSection) -> 
         )
 
 
-@contextlib.contextmanager
-def _as_usage_errors() -> Iterator[None]:
-    """What the Trainer raises on arguments that it cannot honour, as ours."""
-    try:
-        yield
-    except ImportError as error:
-        raise MachineError(f"pretrain: {' '.join(str(error).split())}") from error
-    except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
-        raise UsageError(f"pretrain: {' '.join(str(error).split())}") from error
-
-
 def _training_arguments(
     section: PretrainSection,
     folder: Path,
@@ -650,7 +641,7 @@ def _training_arguments(
     }
     if rates is not None:
         values["learning_rate"] = rates.matrix
-    with _as_usage_errors():
+    with as_usage_errors("pretrain"):
         return TrainingArguments(**values)
 
 
@@ -706,31 +697,6 @@ def _minutes(seconds: float | None) -> str:
     if seconds is None:
         return "unknown"
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} minutes"
-
-
-def _drop_other_runs(work: Path, current: Path) -> None:
-    """Deletes checkpoints of another recipe: what they were made from has changed."""
-    if work.is_dir():
-        for folder in work.iterdir():
-            if folder.is_dir() and len(folder.name) == 16 and folder != current:
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-def _broadcast(value: Any, world_size: int) -> Any:
-    import torch.distributed
-
-    if world_size == 1:
-        return value
-    box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def _wait_for_everyone(world_size: int) -> None:
-    import torch.distributed
-
-    if world_size > 1:
-        torch.distributed.barrier()
 
 
 def _logits(model: Any, input_ids: Any) -> Any:

@@ -75,3 +75,10 @@ def latest(folder: Path) -> Path | None:
             state["best_model_checkpoint"] = best
             write_text(path, json.dumps(state, indent=2, sort_keys=True) + "\n")
     return newest
+
+
+def drop_other_runs(work: Path, current: Path) -> None:
+    """Deletes the checkpoints of another recipe: what they were made from has changed."""
+    for folder in work.iterdir() if work.is_dir() else ():
+        if folder.is_dir() and len(folder.name) == 16 and folder != current:
+            shutil.rmtree(folder, ignore_errors=True)
