@@ -162,6 +162,7 @@ def test_two_runs_at_once_do_not_write_into_one_folder(run_copy):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_twenty_random_kills_over_a_whole_run_leave_no_half_artifact_and_the_last_relaunch_finishes(tmp_path, corpus):
     """`kill -9` to the whole process group at random times: whatever has its final name is complete."""
     path, out = tmp_path / "tiny.yaml", tmp_path / "run"
