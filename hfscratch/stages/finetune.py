@@ -27,16 +27,15 @@ from typing import Any, Literal
 
 from hfscratch import artifact
 from hfscratch.artifact import Proof, Workspace
-from hfscratch.errors import MachineError, ProofFailed, Terminated, UsageError, missing_extra
+from hfscratch.errors import MachineError, ProofFailed, UsageError, missing_extra
 from hfscratch.recipe import Recipe, open_field, to_dict
-from hfscratch.training.arguments import argument_names, as_usage_errors, refused
+from hfscratch.training.arguments import UNKEYED, argument_names, as_usage_errors, refused
 
 logger = logging.getLogger(__name__)
 
 INPUTS = ()
 """What is read depends on the recipe; see `inputs`."""
 VERSION = 1
-UNKEYED = {"report_to", "run_name", "dataloader_num_workers", "dataloader_pin_memory", "log_level", "logging_steps"}
 NUM_EVALUATIONS = 4
 MAX_EVAL_EXAMPLES = 128
 """Validation examples read at each validation."""
@@ -246,6 +245,7 @@ def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
     from hfscratch.tokens.chat import set_chat_template
     from hfscratch.training import batch, callbacks, checkpoints, precision, processes, sft
     from hfscratch.training.examples import bytes_per_answer_token, training_order
+    from hfscratch.training.trainer import train_or_resume
 
     section: FinetuneSection = recipe.section("finetune")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -384,18 +384,8 @@ def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
             f"learn something else; {'try packing=false' if section.packing else 'this model type cannot be used'}"
         )
     transformers.set_seed(recipe.seed)
-    resume_from = checkpoints.latest(checkpoint_folder) if rank == 0 else None
-    resume_from = processes.broadcast(resume_from, world_size)
-    if resume_from is not None and rank == 0:
-        logger.info("going on from step %d of an interrupted run", checkpoints.step_of(resume_from))
     before_training = time.perf_counter() - started
-    result = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-    if stop.stopped:
-        raise Terminated(
-            f"stopped by SIGTERM after step {trainer.state.global_step}; the same command goes on from there"
-        )
-    if not math.isfinite(result.training_loss):
-        raise MachineError("training diverged (the loss is not finite); set a lower finetune.learning_rate")
+    train_or_resume(trainer, checkpoint_folder, stop=stop, section="finetune")
     if rank != 0:
         processes.wait_for_everyone(world_size)
         return []

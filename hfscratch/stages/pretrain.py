@@ -25,17 +25,15 @@ from typing import Any, Literal
 
 from hfscratch import artifact
 from hfscratch.artifact import Proof, Workspace
-from hfscratch.errors import MachineError, Terminated, UsageError
+from hfscratch.errors import MachineError, UsageError
 from hfscratch.recipe import Recipe, open_field, to_dict
-from hfscratch.training.arguments import argument_names, as_usage_errors, refused
+from hfscratch.training.arguments import UNKEYED, argument_names, as_usage_errors, refused
 
 logger = logging.getLogger(__name__)
 
 INPUTS = ("tokenizer",)
 VERSION = 1
 
-UNKEYED = {"report_to", "run_name", "dataloader_num_workers", "dataloader_pin_memory", "log_level", "logging_steps"}
-"""Arguments that do not change the result."""
 
 DEFAULT_TOKENS_PER_PARAMETER = 20
 NUM_EVALUATIONS = 8
@@ -238,7 +236,7 @@ def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
     from hfscratch import tokens
     from hfscratch.planning.shape import count_parameters, training_flops_per_token
     from hfscratch.training import batch, callbacks, checkpoints, precision, processes
-    from hfscratch.training.trainer import PretrainTrainer
+    from hfscratch.training.trainer import PretrainTrainer, train_or_resume
 
     if int(transformers.__version__.split(".")[0]) < 5:
         raise MachineError(f"pretraining needs transformers 5, and {transformers.__version__} is installed")
@@ -409,18 +407,8 @@ def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
     trainer.remove_callback(transformers.PrinterCallback)
     transformers.set_seed(recipe.seed)
 
-    resume_from = checkpoints.latest(checkpoint_folder) if rank == 0 else None
-    resume_from = processes.broadcast(resume_from, world_size)
-    if resume_from is not None and rank == 0:
-        logger.info("going on from step %d of an interrupted run", checkpoints.step_of(resume_from))
     before_training = time.perf_counter() - started
-    result = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-    if stop.stopped:
-        raise Terminated(
-            f"stopped by SIGTERM after step {trainer.state.global_step}; the same command goes on from there"
-        )
-    if not math.isfinite(result.training_loss):
-        raise MachineError("training diverged (the loss is not finite); set a lower pretrain.learning_rate")
+    train_or_resume(trainer, checkpoint_folder, stop=stop, section="pretrain")
 
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     model.config.use_cache = True  # the Trainer switched it off for training; a user wants it

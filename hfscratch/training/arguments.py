@@ -13,6 +13,8 @@ from hfscratch.recipe import annotated_fields
 
 HARDWARE = "it is hardware; give it to the launcher: accelerate launch --config_file accelerate_configs/… -m hfscratch"
 OURS = "hfscratch sets it itself"
+UNKEYED = {"report_to", "run_name", "dataloader_num_workers", "dataloader_pin_memory", "log_level", "logging_steps"}
+"""Arguments that do not change the result."""
 
 
 @functools.cache

@@ -5,6 +5,8 @@ It goes before any class that inherits `transformers.Trainer`, TRL's included.
 
 from __future__ import annotations
 
+import logging
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,12 @@ import torch.distributed
 from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer_optimizer import is_optimizer_factory
 
-from hfscratch.training import checkpoints
+from hfscratch.errors import MachineError, Terminated
+from hfscratch.training import checkpoints, processes
+from hfscratch.training.callbacks import StopOnSignal
 from hfscratch.training.optimizer import LearningRates, parameter_groups
+
+logger = logging.getLogger(__name__)
 
 
 class TrainerMixin:
@@ -88,6 +94,28 @@ class TrainerMixin:
 
 class PretrainTrainer(TrainerMixin, Trainer):
     """The Trainer of the pretrain stage."""
+
+
+def train_or_resume(trainer: Any, folder: Path, *, stop: StopOnSignal, section: str) -> None:
+    """Trains from the newest checkpoint in `folder`, or from the beginning; the first process chooses for all.
+
+    Args:
+        section: of the recipe, for messages.
+
+    Raises: Terminated after SIGTERM; MachineError if the loss is not finite.
+    """
+    rank, world_size = trainer.args.process_index, trainer.args.world_size
+    resume_from = checkpoints.latest(folder) if rank == 0 else None
+    resume_from = processes.broadcast(resume_from, world_size)
+    if resume_from is not None and rank == 0:
+        logger.info("going on from step %d of an interrupted run", checkpoints.step_of(resume_from))
+    result = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    if stop.stopped:
+        raise Terminated(
+            f"stopped by SIGTERM after step {trainer.state.global_step}; the same command goes on from there"
+        )
+    if not math.isfinite(result.training_loss):
+        raise MachineError(f"training diverged (the loss is not finite); set a lower {section}.learning_rate")
 
 
 def _barrier() -> None:
