@@ -16,7 +16,7 @@ import sys
 import textwrap
 import time
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,9 @@ STAGE_HELP = {
     "evaluate": "score the model on text it never saw",
     "export": "write the model for other runtimes: ONNX (needs the extra 'export')",
 }
+
+TAKE_A_MODEL = ("evaluate", "export")
+"""Verbs that take any model folder in place of a recipe."""
 
 DISK_FULL = ("No space left on device", "os error 28", "File too large", "os error 27")
 """How libraries that raise exceptions of their own (safetensors, tokenizers, pyarrow) say it."""
@@ -132,9 +135,11 @@ def _prepare() -> None:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Parses a command; `key=value` words may stand before or behind options."""
+    """Parses a command; `key=value` words, and the prompt of generate, may stand before or behind options."""
     parser = _parser(argv)
     arguments, rest = parser.parse_known_args(argv)
+    if getattr(arguments, "prompt", None) == "" and len(rest) == 1 and not rest[0].startswith("-"):
+        arguments.prompt = rest.pop()  # argparse takes an optional word only right behind the word before it
     foreign = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(arguments, "overrides")]
     if foreign:
         parser.error(f"unrecognized arguments: {' '.join(foreign)}")
@@ -174,12 +179,18 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             **about,
         )
-        _add_recipe(verb)
+        _add_recipe(verb, or_model=stage in TAKE_A_MODEL)
         verb.set_defaults(command=_run, stage=stage, start=None)
 
-    generate = verbs.add_parser("generate", help="continue a prompt with a model folder")
-    generate.add_argument("model", help="a model folder, a run folder, or a Hub id")
+    generate = verbs.add_parser("generate", help="continue a prompt with a model folder, or talk with it")
+    generate.add_argument("model", help="a model folder (ONNX too), a run folder, or a Hub id")
     generate.add_argument("prompt", nargs="?", default="", help="the text to continue (default: none)")
+    generate.add_argument(
+        "--chat",
+        action="store_true",
+        help="answer the prompt through the model's chat template; without a prompt, talk with it line by line",
+    )
+    generate.add_argument("--system", metavar="TEXT", help="with --chat: what the model is told first")
     generate.add_argument("--max-new-tokens", type=int, default=200, metavar="N")
     generate.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 takes the likeliest token")
     generate.add_argument("--top-p", type=float, default=0.95, metavar="P")
@@ -189,8 +200,9 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
-def _add_recipe(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("recipe", help="a YAML file, or the name of a recipe that comes with hfscratch")
+def _add_recipe(verb: argparse.ArgumentParser, *, or_model: bool = False) -> None:
+    about = "a YAML file, or the name of a recipe that comes with hfscratch"
+    verb.add_argument("recipe", help=about + ("; or any model folder (then give out=DIR too)" if or_model else ""))
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace or add to the recipe's")
     verb.add_argument("--force", action="store_true", help="run again even if nothing has changed")
 
@@ -242,7 +254,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from hfscratch import pipeline, recipe
 
     started = time.perf_counter()
-    loaded = recipe.load(arguments.recipe, pipeline.sections(), arguments.overrides)
+    model_for = arguments.stage if arguments.stage in TAKE_A_MODEL else None
+    loaded = recipe.load(arguments.recipe, pipeline.sections(), arguments.overrides, model_for=model_for)
     stages = [arguments.stage] if arguments.stage else None
     results = pipeline.run(loaded, stages, force=arguments.force, start=arguments.start)
     if int(os.environ.get("RANK", 0)) != 0:
@@ -351,18 +364,77 @@ def _init(arguments: argparse.Namespace) -> int:
 def _generate(arguments: argparse.Namespace) -> int:
     from hfscratch import serving
 
-    model, tokenizer = serving.load_model(arguments.model, trust_remote_code=arguments.trust_remote_code)
-    pieces = serving.stream(
-        model,
-        tokenizer,
-        arguments.prompt,
-        max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        seed=arguments.seed,
-    )
-    _print(arguments.prompt, end="")
-    for piece in pieces:
-        _print(piece, end="")
-    _print()
+    if arguments.system is not None and not arguments.chat:
+        raise UsageError("--system is for a conversation; add --chat")
+    folder = Path(arguments.model)
+    if arguments.chat and (folder / "finetune" / "merged" / "config.json").is_file():
+        folder = folder / "finetune" / "merged"  # of a run folder, the model that learnt to answer
+    name = str(folder) if folder.is_dir() else arguments.model
+    model, tokenizer = serving.load_model(name, trust_remote_code=arguments.trust_remote_code)
+
+    def write(prompt: str | list[dict[str, str]]) -> str:
+        pieces = []
+        for piece in serving.stream(
+            model,
+            tokenizer,
+            prompt,
+            max_new_tokens=arguments.max_new_tokens,
+            temperature=arguments.temperature,
+            top_p=arguments.top_p,
+            seed=arguments.seed,
+        ):
+            _print(piece, end="")
+            pieces.append(piece)
+        _print()
+        return "".join(pieces)
+
+    if not arguments.chat:
+        _print(arguments.prompt, end="")
+        write(arguments.prompt)
+        return 0
+    messages = [{"role": "system", "content": arguments.system}] if arguments.system is not None else []
+    serving.chat_ids(tokenizer, [*messages, {"role": "user", "content": arguments.prompt}])  # before anyone types
+    if arguments.prompt:
+        write([*messages, {"role": "user", "content": arguments.prompt}])
+        return 0
+    _converse(model, tokenizer, messages, write)
     return 0
+
+
+def _converse(
+    model: Any, tokenizer: Any, messages: list[dict[str, str]], write: Callable[[list[dict[str, str]]], str]
+) -> None:
+    """Reads one turn a line from stdin and answers it, until the end of the input."""
+    from hfscratch import serving
+
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        _print("one line is one turn; Ctrl-D ends")
+    told = len(messages)
+    context = serving.context_of(model)
+    while True:
+        if is_terminal:
+            _print("> ", end="")
+        line = sys.stdin.readline()
+        if not line:
+            break
+        if not line.strip():
+            continue
+        messages.append({"role": "user", "content": line.strip()})
+        forgotten = 0
+        while (
+            context is not None
+            and len(messages) > told + 1
+            and len(serving.chat_ids(tokenizer, messages)) > context // 2
+        ):
+            del messages[told : told + 2]
+            forgotten += 2
+        if forgotten:
+            logging.getLogger("hfscratch").info(
+                "the first %d turns no longer fit beside an answer into the model's %d tokens and are forgotten",
+                forgotten,
+                context,
+            )
+        messages.append({"role": "assistant", "content": write(messages)})
+    if is_terminal:
+        _print()

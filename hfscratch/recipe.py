@@ -90,21 +90,28 @@ def find(name_or_path: str) -> Path:
     raise UsageError(f"no recipe at {name_or_path}; give a YAML file or a shipped recipe: {', '.join(shipped)}{hint}")
 
 
-def load(name_or_path: str, sections: Mapping[str, type], overrides: Sequence[str] = ()) -> Recipe:
+def load(
+    name_or_path: str, sections: Mapping[str, type], overrides: Sequence[str] = (), *, model_for: str | None = None
+) -> Recipe:
     """Reads a recipe and checks every value.
 
     Args:
         name_or_path: a YAML file, or the name of a shipped recipe.
         sections: `{section name: dataclass}` of every section that exists.
         overrides: `key=value` words; the key is a dotted path, the value is YAML.
+        model_for: a section with a key `model`; a folder in place of a recipe then is that model, in a run of its own.
 
     Raises: UsageError, naming the line, for anything that is not as it should be.
     """
-    path = find(name_or_path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    if model_for and Path(name_or_path).is_dir():
+        path = Path(name_or_path)
+        text = yaml.safe_dump({"name": path.resolve().name, model_for: {"model": name_or_path}})
+    else:
+        path = find(name_or_path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from None
     root = _compose(text, str(path))
     if root is None:
         raise UsageError(f"{path} is empty; a recipe needs at least `out` and one section ({', '.join(sections)})")

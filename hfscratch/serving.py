@@ -16,7 +16,7 @@ import json
 import logging
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,7 @@ def _load_onnx(source: str) -> tuple[Any, Any]:
 def stream(
     model: Any,
     tokenizer: Any,
-    prompt: str = "",
+    prompt: str | Sequence[Mapping[str, str]] = "",
     *,
     max_new_tokens: int = 128,
     temperature: float = 0.8,
@@ -125,7 +125,8 @@ def stream(
     """Yields the continuation of `prompt` piece by piece, until the model ends the text or a limit is reached.
 
     Args:
-        prompt: the text to continue; if empty, the model begins a text of its own.
+        prompt: the text to continue; if empty, the model begins a text of its own. Or a conversation, as messages with
+            `role` and `content`, that the model answers through its tokenizer's chat template.
         max_new_tokens: the most tokens to add; fewer if the model's context is full before.
         temperature: 0 takes the likeliest token every time.
         top_p: draw from the likeliest tokens that together have this probability.
@@ -139,8 +140,8 @@ def stream(
         raise UsageError(f"temperature is {temperature}; it must be 0 (the likeliest token) or more")
     if not 0 < top_p <= 1:
         raise UsageError(f"top_p is {top_p}; it must be above 0 and at most 1")
-    ids = prompt_ids(tokenizer, prompt)
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    ids = prompt_ids(tokenizer, prompt) if isinstance(prompt, str) else chat_ids(tokenizer, prompt)
+    context = context_of(model)
     if context is not None and len(ids) >= context:
         raise UsageError(f"the prompt has {len(ids)} tokens, and the model reads {context} at most; shorten the prompt")
     if context is not None and len(ids) + max_new_tokens > context:
@@ -158,13 +159,7 @@ def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     Raises: UsageError for an empty prompt if the tokenizer has no token to begin a text with, or a prompt with bytes
     that are no text.
     """
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:  # Python's stand-ins for bytes that it could not decode, which no file holds
-        raise UsageError(
-            f"the prompt is not valid UTF-8: its character {error.start + 1} is {prompt[error.start]!r}; "
-            "give it as UTF-8 text"
-        ) from None
+    _require_text(prompt)
     ids = tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"] if prompt else []
     begin = tokenizer.bos_token_id
     if begin is None and not ids:
@@ -174,6 +169,44 @@ def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     if begin is not None and ids[:1] != [begin]:
         ids = [begin, *ids]
     return ids
+
+
+def _require_text(prompt: str) -> None:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # Python's stand-ins for bytes that it could not decode, which no file holds
+        raise UsageError(
+            f"the prompt is not valid UTF-8: its character {error.start + 1} is {prompt[error.start]!r}; "
+            "give it as UTF-8 text"
+        ) from None
+
+
+def chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """A conversation's token ids through the tokenizer's chat template, up to where the model's answer begins.
+
+    Raises: UsageError if the tokenizer has no chat template, or its template refuses the conversation.
+    """
+    from jinja2 import TemplateError
+
+    if tokenizer.chat_template is None:
+        raise UsageError(
+            f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template; `hfscratch finetune` "
+            "with task sft gives it one and teaches the model to answer"
+        )
+    for message in messages:
+        _require_text(message["content"])
+    try:
+        text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        roles = ", ".join(str(message["role"]) for message in messages)
+        raise UsageError(f"the model's chat template refuses a conversation of {roles}: {error}") from None
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def context_of(model: Any) -> int | None:
+    """The most tokens that the model reads at once, or None if it sets no limit."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _stream(model: Any, tokenizer: Any, ids: list[int], seed: int | None, settings: dict[str, Any]) -> Iterator[str]:
@@ -238,7 +271,7 @@ def _locate(folder_or_id: str | Path) -> tuple[str, dict[str, Any]]:
         if not (path / "config.json").is_file() and (path / "pretrain" / "config.json").is_file():
             path = path / "pretrain"
         if (path / "adapter_config.json").is_file():
-            raise UsageError(f"{path} holds an adapter, not a whole model; merge it into its base model first")
+            raise UsageError(f"{path} holds an adapter, not a whole model; give the merged model (finetune/merged)")
         if not (path / "config.json").is_file():
             raise UsageError(f"{path} is not a model folder: it has no config.json")
         return str(path), {"local_files_only": True}

@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hfscratch.errors import HfscratchError, MachineError, UsageError
-from hfscratch.serving import load_model, prompt_ids, stream
+from hfscratch.serving import chat_ids, load_model, prompt_ids, stream
+from hfscratch.tokens.chat import set_chat_template
+from tests.conftest import cli
 from tests.evaluation.small_model import CONTEXT, make_model, make_tokenizer, save
 from tests.evaluation.without_network import without_network
 
@@ -334,3 +336,69 @@ def test_leaving_a_stream_stops_the_generation(tokenizer):
     pieces.close()
     assert threading.active_count() == threads
     assert len(tokens) < 2000
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Conversations
+
+
+@pytest.fixture(scope="module")
+def chat(tokenizer):
+    """A model with room for a conversation, and its tokenizer with the template that finetuning gives."""
+    ready = make_tokenizer()
+    set_chat_template(ready)
+    return make_model(ready, max_position_embeddings=160), ready
+
+
+def test_a_conversation_is_answered_as_the_chat_template_says(chat):
+    model, tokenizer = chat
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "add 1 and 2"}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert chat_ids(tokenizer, messages) == ids
+    output = model.generate(
+        torch.tensor([ids]), max_new_tokens=20, do_sample=False, pad_token_id=tokenizer.pad_token_id
+    )
+    expected = tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+    assert write(model, tokenizer, messages, temperature=0) == expected != ""
+
+
+def test_a_model_without_a_chat_template_says_how_to_get_one(model, tokenizer):
+    with pytest.raises(UsageError, match=r"no chat template.*task sft"):
+        write(model, tokenizer, [{"role": "user", "content": "hello"}])
+
+
+def test_a_conversation_that_the_template_refuses_is_one_sentence():
+    strict = make_tokenizer()
+    strict.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(UsageError, match="refuses a conversation of user: roles must alternate"):
+        chat_ids(strict, [{"role": "user", "content": "hello"}])
+
+
+def test_generate_chat_answers_each_line_and_remembers_the_turns_before(tmp_path, chat):
+    model, tokenizer = chat
+    folder = save(tmp_path / "model", model, tokenizer)
+    words = ["generate", folder, "--chat", "--temperature", "0", "--max-new-tokens", "6"]
+    talk = cli(*words, input="add 1\n\nadd 2\n")
+    assert talk.returncode == 0, talk.stderr
+    first = write(model, tokenizer, [{"role": "user", "content": "add 1"}], temperature=0, max_new_tokens=6)
+    turns = [("user", "add 1"), ("assistant", first), ("user", "add 2")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    assert len(chat_ids(tokenizer, messages)) <= 80  # nothing had to be forgotten
+    second = write(model, tokenizer, messages, temperature=0, max_new_tokens=6)
+    assert talk.stdout == f"{first}\n{second}\n"
+    assert cli(*words, "add 1").stdout == f"{first}\n"
+
+
+def test_generate_chat_forgets_the_oldest_turns_when_the_context_is_full_and_says_so(tmp_path, chat):
+    model, tokenizer = chat
+    folder = save(tmp_path / "model", model, tokenizer)
+    words = ["generate", folder, "--chat", "--temperature", "0", "--max-new-tokens", "6"]
+    talk = cli(*words, input="class Point: x = 1 y = 2\n" * 6)
+    assert talk.returncode == 0, talk.stderr
+    assert "are forgotten" in talk.stderr
+
+
+def test_a_system_prompt_without_chat_is_bad_usage(tmp_path):
+    completed = cli("generate", tmp_path, "hello", "--system", "be brief")
+    assert completed.returncode == 2
+    assert "--chat" in completed.stderr
