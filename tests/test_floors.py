@@ -7,7 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "hfscratch"
 FLOORS = {"errors": 0, "recipe": 0, "artifact": 0, "stages": 2, "pipeline": 3, "init": 3, "cli": 4, "__main__": 5}
-ENGINES = {"model", "data", "tokens", "training", "evaluation", "planning", "reporting", "serving", "export"}
+ENGINES = {"model", "data", "tokens", "training", "evaluation", "planning", "reporting", "serving", "export", "hub"}
 MAY_USE = {"compression": {"training"}, "serving": {"export"}}
 
 

@@ -1,10 +1,11 @@
-"""Measures of a causal model: likelihoods of text, text it writes, and `evaluate` modules around them.
+"""Measures of a causal model: likelihoods of text, text it writes, answers, and `evaluate` modules around them.
 
     import evaluate
     from hfscratch.evaluation import metric_path
 
     metric = evaluate.load(metric_path("bits_per_byte"))
     metric.compute(predictions=texts, model="runs/pycode-tiny/pretrain")
+    evaluate.load(metric_path("rouge")).compute(predictions=answers, references=references, per_example=True)
 
 Each module is a folder of its own here, so that `evaluate.load` opens it by path, without the network.
 """

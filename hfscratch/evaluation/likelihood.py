@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hfscratch.errors import UsageError
+from hfscratch.evaluation.statistics import Figure, interval, ratio
 
 if TYPE_CHECKING:
     import torch
@@ -53,8 +54,7 @@ class Scores:
     @property
     def bits_per_byte(self) -> float:
         """Bits needed for a byte of text: comparable between tokenizers. Raises: UsageError if there is no text."""
-        self._require_text()
-        return float(self.nats.sum() / math.log(2) / self.num_bytes.sum())
+        return self.figures["bits_per_byte"].value
 
     @property
     def perplexity(self) -> float:
@@ -62,8 +62,29 @@ class Scores:
 
         Raises: UsageError if there is no text.
         """
+        return self.figures["perplexity"].value
+
+    @property
+    def figures(self) -> dict[str, Figure]:
+        """Both, by the sums over texts that they are made of. Raises: UsageError if there is no text."""
         self._require_text()
-        return float(np.exp(self.nats.sum() / self.num_tokens.sum()))
+        return {
+            "bits_per_byte": ratio(self.nats / math.log(2), self.num_bytes),
+            "perplexity": ratio(self.nats, self.num_tokens, np.exp),
+        }
+
+    def summary(self, metrics: Collection[str], seed: int) -> dict[str, Any]:
+        """Those of `figures` that `metrics` names, each with its `_interval`, and the counts."""
+        found: dict[str, Any] = {}
+        for name, figure in self.figures.items():
+            if name in metrics:
+                found |= {name: figure.value, f"{name}_interval": interval(figure, seed)}
+        return found | {
+            "num_documents": len(self.nats),
+            "num_bytes": int(self.num_bytes.sum()),
+            "num_tokens": int(self.num_tokens.sum()),
+            "num_round_trips": self.num_round_trips,
+        }
 
     def _require_text(self) -> None:
         if not self.num_tokens.sum():

@@ -5,14 +5,17 @@ Streaming to a terminal is `hfscratch.serving`'s; here many samples are drawn at
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import Any
 
-from hfscratch.evaluation.likelihood import begin_token_id
+from hfscratch.evaluation.likelihood import begin_token_id, encode
 
 # What one call of `generate` draws together. It is fixed, because the draws of a batch share one random stream: another
 # size would give other samples.
 BATCH_SIZE = 50
+PROMPT_TOKENS = 16
+"""Tokens of a held-out document that a sample continues, where no prompt is given: half the context at most."""
 
 
 def sample(
@@ -77,3 +80,50 @@ def sample(
     finally:
         model.train(was_training)
     return continuations
+
+
+def continue_texts(
+    model: Any,
+    tokenizer: Any,
+    held_out: Sequence[str],
+    *,
+    num_samples: int,
+    num_tokens: int,
+    prompt: Sequence[int] | None,
+    context: int | None,
+    temperature: float,
+    top_p: float,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """`[{"prompt", "text", "num_tokens"}]`: what the model writes after a prompt, or after held-out beginnings.
+
+    Args:
+        prompt: token ids that each sample continues; if None, the first begins afresh and the others continue the
+            first words of seeded texts of `held_out`.
+        context: the most tokens that the model reads, or None.
+    """
+    if num_samples == 0:
+        return []
+    prompts: list[list[int]]
+    if prompt is not None:
+        prompts = [list(prompt)] * num_samples
+    else:
+        # They may end inside a character; what is shown as the prompt is decoded from the same tokens.
+        given = PROMPT_TOKENS if context is None else min(PROMPT_TOKENS, (context - 1) // 2)
+        beginnings = [row[:given] for row in encode(tokenizer, held_out) if len(row) > given]
+        chosen = random.Random(seed).sample(beginnings, min(num_samples - 1, len(beginnings)))
+        prompts = [[]] * (num_samples - len(chosen)) + chosen
+    samples: list[dict[str, Any]] = []
+    for length in sorted(set(map(len, prompts))):
+        alike = [each for each in prompts if len(each) == length]
+        room = num_tokens if context is None else min(num_tokens, context - 1 - length)
+        continuations = sample(
+            model, tokenizer, alike, num_tokens=room, temperature=temperature, top_p=top_p, seed=seed
+        )
+        for each, row in zip(alike, continuations, strict=True):
+            before = tokenizer.decode(each, clean_up_tokenization_spaces=False)
+            whole = tokenizer.decode([*each, *row], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            # A character may begin in the prompt and end in the text; then the prompt is shown without its half.
+            before = before if whole.startswith(before) else before.rstrip("\ufffd")
+            samples.append({"prompt": before, "text": whole[len(before) :], "num_tokens": len(row)})
+    return samples

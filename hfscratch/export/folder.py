@@ -123,7 +123,15 @@ def write_readme(folder: Path, *, name: str, config: Mapping[str, Any], table: S
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
         "```",
         "",
-        "Optimum opens the same folder (`ORTModelForCausalLM.from_pretrained`), and so does transformers.js.",
+        "Optimum opens the same folder (`ORTModelForCausalLM.from_pretrained`), and so does transformers.js, from "
+        "version 4 on (3 knows no 8-bit weights of this kind, and opens `onnx/model.onnx` alone):",
+        "",
+        "```javascript",
+        'import { pipeline } from "@huggingface/transformers";',
+        "",
+        'const generate = await pipeline("text-generation", "NAME/MODEL", { dtype: "q8" });',
+        'console.log(await generate("Once", { max_new_tokens: 50 }));',
+        "```",
         "",
     ]
     write_text(folder / "README.md", "\n".join(lines))

@@ -19,8 +19,31 @@ from hfscratch import artifact
 from hfscratch.errors import UsageError
 from hfscratch.reporting import figures, formats
 
-KNOWN_ORDER = ("data", "tokenizer", "pretrain", "evaluate")
+KNOWN_ORDER = ("data", "tokenizer", "pretrain", "finetune", "evaluate", "export", "push")
 """The order in which artifacts are told; any other follows by the time it was made."""
+ANSWERERS = {
+    "finetune": "after finetuning",
+    "pretrain": "before",
+    "base": "before",
+    "model": "the model",
+    "most_frequent_answer": "always the most frequent answer",
+    "name_as_words": "the function's name, as words",
+}
+"""Whose answers are compared, in the order in which they are told."""
+METRICS = {
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "rougeLsum": "ROUGE-Lsum",
+    "bleu": "BLEU",
+    "chrf": "chrF",
+    "exact_match": "exact match",
+    "token_f1": "token F1",
+}
+LEAD_METRICS = ("rougeL", "token_f1", "chrf", "bleu", "exact_match")
+"""The first of these that was measured is drawn and put on top."""
+NUM_ANSWERS_SHOWN = 6
+FILES = {"torch": "torch, fp32", "fp32": "ONNX, fp32", "q8": "ONNX, 8 bits", "q4": "ONNX, 4 bits"}
 EARLIER = {"data": "earlier data", "tokenizer": "an earlier tokenizer"}
 """What an artifact is of, by the input that has changed; by any other, of an earlier model."""
 
@@ -93,13 +116,15 @@ def _context(out: Path) -> dict[str, Any]:
     pretrain = manifests.get("pretrain", {}).get("metrics", {})
     ledger = _ledger(out / "data" / "ledger.parquet")
     history = training.get("history", [])
-    scores = measured.get("pretrain", {})
+    scores = measured.get("pretrain") or measured.get("model") or {}
+    answers = _answers(measured, read("evaluate", "answers.json") or [])
+    finetune = manifests.get("finetune", {}).get("metrics", {})
     return {
         "name": _recipe_name(recipe) or out.resolve().name,
         "made_at": max(manifest["made_at"] for manifest in manifests.values()),
         "summary": _summary(data, tokenizer, pretrain),
         "notes": list(notes.values()),
-        "tiles": _tiles(scores, pretrain, tokenizer),
+        "tiles": _tiles(scores, pretrain, tokenizer, answers),
         "splits": _splits(data, tokenizer, scores),
         "parses": scores.get("parses"),
         "learning_curve": figures.learning_curve(history, scores.get("test", {}).get("bits_per_byte")),
@@ -107,6 +132,13 @@ def _context(out: Path) -> dict[str, Any]:
         "loss_curve": figures.loss_curve(history),
         "samples": read("evaluate", "samples.json") or [],
         "training_samples": training.get("samples", []),
+        "finetune": finetune,
+        "finetune_curve": figures.finetune_curve((read("finetune", "metrics.json") or {}).get("history", [])),
+        "forgetting": _forgetting(measured),
+        "answers": answers,
+        "files": _files(manifests.get("export", {}).get("metrics", {})),
+        "export": manifests.get("export", {}).get("metrics", {}),
+        "pushed": manifests.get("push", {}).get("metrics", {}),
         "plan": training.get("plan", []),
         "data": data,
         "fates": ledger["fates"]
@@ -159,7 +191,7 @@ def _summary(data: Mapping[str, Any], tokenizer: Mapping[str, Any], pretrain: Ma
 
 
 def _tiles(
-    scores: Mapping[str, Any], pretrain: Mapping[str, Any], tokenizer: Mapping[str, Any]
+    scores: Mapping[str, Any], pretrain: Mapping[str, Any], tokenizer: Mapping[str, Any], answers: Mapping[str, Any]
 ) -> list[dict[str, str]]:
     """The headline figures: what was reached first, then what it took."""
     tiles = []
@@ -167,11 +199,17 @@ def _tiles(
     def tile(label: str, value: str, note: str = "", kind: str = "") -> None:
         tiles.append({"label": label, "value": value, "note": note, "kind": kind})
 
-    for split in ("test", "validation"):
+    for split in ("test", "validation", "dataset"):
         if "bits_per_byte" in scores.get(split, {}):
             size = formats.size(scores[split]["num_bytes"])
             tile("bits per byte", formats.figure(scores[split]["bits_per_byte"]), f"{split}, {size}", "lead")
-    for split in ("test", "validation"):
+    if answers:
+        best = answers["drawn"][0]
+        rest = {row["key"]: row["value"] for row in answers["drawn"][1:]}
+        before = rest.get("pretrain", rest.get("base"))
+        note = best["label"] + (f"; {formats.figure(before)} before" if before is not None else "")
+        tile(METRICS[answers["lead"]], formats.figure(best["value"]), note, "lead")
+    for split in ("test", "validation", "dataset"):
         if "perplexity" in scores.get(split, {}):
             tile("perplexity", formats.figure(scores[split]["perplexity"]), f"{split}, per token")
             break
@@ -196,6 +234,13 @@ def _tiles(
 
 def _splits(data: Mapping[str, Any], tokenizer: Mapping[str, Any], scores: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row a split; what is not known of it is None."""
+    if not data and "dataset" in scores:
+        each = scores["dataset"]
+        data = {"documents": {"dataset": each["num_documents"]}, "bytes": {"dataset": each["num_bytes"]}}
+        tokenizer = {
+            "tokens": {"dataset": each["num_tokens"]},
+            "bytes_per_token": {"dataset": each["num_bytes"] / max(1, each["num_tokens"])},
+        }
     return [
         {
             "split": split,
@@ -208,6 +253,62 @@ def _splits(data: Mapping[str, Any], tokenizer: Mapping[str, Any], scores: Mappi
         }
         for split, documents in data.get("documents", {}).items()
     ]
+
+
+def _forgetting(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What finetuning cost of the first skill: bits per byte before and after, by split."""
+    before, after = measured.get("pretrain", {}), measured.get("finetune", {})
+    return [
+        {"split": split, "before": before[split]["bits_per_byte"], "after": after[split]["bits_per_byte"]}
+        for split in ("validation", "test")
+        if "bits_per_byte" in before.get(split, {}) and "bits_per_byte" in after.get(split, {})
+    ]
+
+
+def _answers(measured: Mapping[str, Any], answers: list[dict[str, Any]]) -> dict[str, Any]:
+    """The answers to held-out prompts: a row an answerer, a column a metric, and examples; empty if none were given."""
+    rows = [
+        {"key": key, "label": label, "metrics": measured[key]["answers"]}
+        for key, label in ANSWERERS.items()
+        if "answers" in measured.get(key, {})
+    ]
+    if not rows:
+        return {}
+    columns = [name for name in METRICS if name in rows[0]["metrics"]]
+    lead = next(name for name in LEAD_METRICS if name in columns)
+    drawn = [
+        {
+            "key": row["key"],
+            "label": row["label"],
+            "value": row["metrics"][lead]["value"],
+            "interval": row["metrics"][lead]["interval"],
+        }
+        for row in rows
+    ]
+    return {
+        "rows": rows,
+        "columns": [(name, METRICS[name]) for name in columns],
+        "lead": lead,
+        "lead_name": METRICS[lead],
+        "drawn": drawn,
+        "picture": figures.intervals(drawn, METRICS[lead]),
+        "comparisons": [each for each in measured.get("comparisons", []) if each["metric"] == lead],
+        "num_prompts": len(answers),
+        "examples": _spread(answers, NUM_ANSWERS_SHOWN),
+        "labels": ANSWERERS,
+    }
+
+
+def _spread(items: list[Any], number: int) -> list[Any]:
+    """At most `number` of the items, evenly from first to last: chosen without a look at how good they are."""
+    if len(items) <= number:
+        return items
+    return [items[round(index * (len(items) - 1) / (number - 1))] for index in range(number)]
+
+
+def _files(export: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row an exported file, torch's own figures first."""
+    return [{"label": FILES[kind], **figures_of} for kind, figures_of in export.get("onnx", {}).items()]
 
 
 def _curve_points(history: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +88,43 @@ def loss_curve(history: Sequence[Mapping[str, Any]]) -> str:
         axes.legend(frameon=False, loc="upper right")
 
     return _svg(draw, "Training loss over training tokens", x_label="training tokens", height=3.0)
+
+
+def finetune_curve(history: Sequence[Mapping[str, Any]]) -> str:
+    """Loss of the held-out answers over the steps of finetuning."""
+    points = [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
+    points = [(step, loss) for step, loss in points if math.isfinite(loss)]
+    if len(points) < 2:
+        return ""
+
+    def draw(axes: Axes) -> None:
+        axes.plot(*zip(*points, strict=True), color=FIRST, linewidth=2.2, marker="o", markersize=4, clip_on=False)
+        axes.set_ylabel("nats a token")
+
+    return _svg(draw, "Loss of held-out answers while finetuning", x_label="steps", height=2.4)
+
+
+def intervals(rows: Sequence[Mapping[str, Any]], metric: str) -> str:
+    """A line for each of `rows` (label, value, interval): the value as a dot on its interval, the first in colour."""
+    if not rows:
+        return ""
+
+    def draw(axes: Axes) -> None:
+        for place, row in enumerate(reversed(rows)):
+            color = FIRST if place == len(rows) - 1 else SECOND
+            axes.plot(row["interval"], (place, place), color=color, linewidth=2.2, solid_capstyle="round")
+            axes.plot(row["value"], place, color=color, marker="o", markersize=7, clip_on=False)
+        axes.set_yticks(range(len(rows)), [_wrapped(row["label"]) for row in reversed(rows)])
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        axes.grid(axis="x")
+        axes.grid(visible=False, axis="y")
+        axes.set_xlim(left=min(0, *(row["interval"][0] for row in rows)))
+
+    return _svg(draw, f"{metric} and its interval", x_label=metric, height=0.5 + 0.45 * len(rows), tokens_on_x=False)
+
+
+def _wrapped(label: str) -> str:
+    return textwrap.fill(label, 22)
 
 
 def document_sizes(sizes_bytes: Sequence[int]) -> str:

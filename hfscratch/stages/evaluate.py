@@ -1,42 +1,77 @@
-"""evaluate: measures the model on text it was not trained on, and lets it write.
+"""evaluate: measures models on text that they were not trained on, and lets them write.
 
-Writes `<out>/evaluate/metrics.json` (figures by model and split) and `samples.json`. Bits per byte and perplexity are
-two readings of one scoring pass, in which every token is predicted exactly once. Figures are computed in fp32 on a CPU
-and in the checkpoint's own precision on a GPU; the precision is written beside them.
+Measured are the run's pretrained model and, where there is one, its finetuned one beside it; or any model folder, on
+any local dataset. Bits per byte and perplexity are two readings of one scoring pass, in which every token is predicted
+exactly once. rouge, bleu, chrf, exact_match and token_f1 compare greedy answers with references: those that finetune
+held out, or a dataset of one's own. Intervals are 95 % bootstrap intervals over documents or examples. Figures are
+computed in fp32 on a CPU and in the checkpoint's own precision on a GPU; the precision is written beside them.
+
+Writes `<out>/evaluate/metrics.json` (figures by model and split), `answers.json` (who answered what, where there were
+questions) and `samples.json`.
 """
 
 from __future__ import annotations
 
-import random
+import contextlib
+import gzip
+import json
 import time
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 from hfscratch import artifact
-from hfscratch.artifact import Proof, Workspace
-from hfscratch.errors import UsageError
+from hfscratch.artifact import Workspace
+from hfscratch.errors import DataError, HfscratchError, UsageError
 from hfscratch.recipe import Recipe, to_dict
 
-INPUTS = ("data", "pretrain")
-"""The tokenizer is the one beside the model."""
-VERSION = 1
-MODEL = "pretrain"
-PROMPT_TOKENS = 16
-"""Tokens of a held-out document that a sample continues, where the recipe gives no prompt: half the context at most."""
+if TYPE_CHECKING:
+    from hfscratch.evaluation.answers import Question
+    from hfscratch.evaluation.likelihood import FutureLeak, Scores
+
+INPUTS = ()
+"""What is read depends on the recipe; see `inputs`. The tokenizer is the one beside the model."""
+VERSION = 2
 PARSES_TOKENS = 64
 """Tokens of a sample for parses, where the recipe does not say: less if the context is shorter."""
+ANSWER_TOKENS = 128
+"""Tokens of an answer, where neither the recipe nor the finetuning says."""
+LIKELIHOODS = ("bits_per_byte", "perplexity")
+OVERLAPS = ("rouge", "bleu", "chrf", "exact_match", "token_f1")
+HEADLINES = ("rougeL", "bleu", "chrf", "exact_match", "token_f1")
+"""The figures that the table shows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateSection:
     """What is measured of the model, and on what."""
 
-    metrics: tuple[Literal["bits_per_byte", "perplexity", "parses"], ...] = ("bits_per_byte", "perplexity")
-    """What to measure; parses (the share of samples that are Python) makes sense for models of Python code only."""
+    metrics: tuple[
+        Literal["bits_per_byte", "perplexity", "parses", "rouge", "bleu", "chrf", "exact_match", "token_f1"], ...
+    ] = ("bits_per_byte", "perplexity")
+    """What to measure; parses (the share of samples that are Python) makes sense for models of Python code only; rouge,
+    bleu, chrf, exact_match and token_f1 need questions with known answers: those of finetune, or a dataset's."""
 
     splits: tuple[Literal["validation", "test"], ...] = ("validation", "test")
     """The splits that are scored, those that exist of them."""
+
+    model: str | None = None
+    """Any model folder, in place of this run's own models."""
+
+    dataset: str | None = None
+    """A local file or folder in place of the run's own data: text (.txt .md .py, or a text column of .jsonl .jsonl.gz
+    .parquet), or questions with answers in the columns that finetune reads (.json too)."""
+
+    text_column: str = "text"
+    """The column of the dataset that holds text."""
+
+    num_answers: int = 256
+    """The most questions that are answered, drawn by the seed where there are more."""
+
+    answer_tokens: int | None = None
+    """The most tokens of an answer; if not set, what finetune kept free for one, else 128."""
 
     window: int | None = None
     """Tokens the model reads at once; if not set, the length it was trained on, but 2048 at most. Long documents are
@@ -65,7 +100,7 @@ class EvaluateSection:
     """Tokens of each of them; if not set, 64, or what the model can read if that is less."""
 
     def __post_init__(self) -> None:
-        for name in ("sample_tokens", "parses_samples", "parses_tokens"):
+        for name in ("sample_tokens", "parses_samples", "parses_tokens", "num_answers", "answer_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}; it must be at least 1")
@@ -89,9 +124,79 @@ def key_fields(recipe: Recipe) -> dict[str, Any]:
     return to_dict(recipe.section("evaluate"))
 
 
+def inputs(recipe: Recipe, out: Path) -> list[str]:
+    """The artifacts that are read: those that stand there of data, the models and finetune's questions, and those that
+    must, because the recipe gives nothing in their place."""
+    section: EvaluateSection = recipe.section("evaluate")
+    has_own_base = bool(section.model or _foreign_base(out))
+    must = {"data": not (has_own_base or section.dataset), "pretrain": not has_own_base, "finetune": False}
+    may = [
+        stage for stage in must if artifact.read_manifest(out / stage) and not (section.model and stage == "pretrain")
+    ]
+    return [stage for stage in must if must[stage] or stage in may]
+
+
+def source_digests(recipe: Recipe, workspace: Workspace) -> dict[str, str]:
+    """Digests of all that is read: artifacts, and the files of a model folder and of a dataset."""
+    section: EvaluateSection = recipe.section("evaluate")
+    found = {}
+    for stage in inputs(recipe, workspace.out):
+        folder = workspace.out / stage
+        manifest = artifact.read_manifest(folder)
+        found[stage] = manifest["digest"] if manifest and artifact.is_complete(folder, manifest) else "missing"
+    base = None if section.model else _foreign_base(workspace.out)
+    for name, path in (("model", section.model), ("base", base), ("dataset", section.dataset)):
+        if path:
+            found[name] = artifact.digest_json(_sizes_and_times(Path(path).expanduser()))
+    return found
+
+
+def _foreign_base(out: Path) -> str | None:
+    """The model folder, other than the run's own, that finetune started from."""
+    manifest = artifact.read_manifest(out / "finetune")
+    return manifest["section"].get("base") if manifest else None
+
+
+def _sizes_and_times(path: Path) -> list[Any]:
+    """A file, or the files of a folder and of those right in it: a graph for ONNX Runtime lies in one."""
+    files = [path] if path.is_file() else [*path.glob("*"), *path.glob("*/*")]
+    stats = [(str(each.relative_to(path)), each.stat()) for each in sorted(files) if each.is_file()]
+    return [(name, status.st_size, status.st_mtime_ns) for name, status in stats]
+
+
 def check(recipe: Recipe) -> None:
-    """Compares what is asked for with the context of the model that the recipe describes, before it is trained."""
-    if "pretrain" not in recipe.sections:
+    """Compares what is asked for with what there is or will be: the dataset, questions, and the context of the model
+    that the recipe describes, before it is trained."""
+    from hfscratch.training import conversations
+
+    section: EvaluateSection = recipe.section("evaluate")
+    if section.model is not None and not Path(section.model).expanduser().is_dir():
+        raise UsageError(f"evaluate.model is {section.model}, and there is no such folder")
+    dataset = _read_dataset(section) if section.dataset is not None else None
+    there = {
+        stage: stage in recipe.sections or artifact.read_manifest(recipe.out / stage) is not None
+        for stage in ("data", "finetune")
+    }
+    overlaps = [name for name in section.metrics if name in OVERLAPS]
+    if overlaps and not (there["finetune"] or (dataset and dataset.examples)):
+        got = (
+            f"evaluate.dataset has {dataset.columns}"
+            if dataset
+            else "there is neither an evaluate.dataset nor a finetuning"
+        )
+        raise UsageError(
+            f"evaluate.metrics: {', '.join(overlaps)} cannot be measured without references, and {got}; give a dataset "
+            f"with the columns {conversations.NEEDED}, or finetune first"
+        )
+    likelihoods = [name for name in section.metrics if name in LIKELIHOODS]
+    if likelihoods and not (there["data"] or (dataset and dataset.texts)):
+        got = f"evaluate.dataset has {dataset.columns}" if dataset else f"there is none in {recipe.out}"
+        raise UsageError(
+            f"evaluate.metrics: {', '.join(likelihoods)} cannot be measured without text, and {got}; give a dataset of "
+            f"text (its column is evaluate.text_column, '{section.text_column}'), or take other metrics "
+            f"({', '.join(OVERLAPS)})"
+        )
+    if "pretrain" not in recipe.sections or section.model is not None:
         return
     from hfscratch.planning.shape import build_config
 
@@ -104,82 +209,320 @@ def check(recipe: Recipe) -> None:
         special_ids={"pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1},
         sequence_length=recipe.section("pretrain").sequence_length,
     )
-    section: EvaluateSection = recipe.section("evaluate")
     # The tokenizer does not exist yet, but whatever it will be, a word is a token at least.
     _check_lengths(section, _context(config), len((section.prompt or "").split()))
 
 
 def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
-    """Scores, samples, proves, publishes."""
+    """Scores, answers, samples, proves, publishes."""
     from hfscratch import serving
-    from hfscratch.evaluation import likelihood
+    from hfscratch.evaluation import answers, likelihood
     from hfscratch.evaluation.parses import evaluate_parses
+    from hfscratch.evaluation.proofs import likelihood_proofs
+    from hfscratch.evaluation.sampling import continue_texts
 
     section: EvaluateSection = recipe.section("evaluate")
-    inputs = {stage: artifact.read_manifest(workspace.input(stage)) for stage in INPUTS}
-    expected_bytes: dict[str, int] = inputs["data"]["metrics"]["bytes"]  # type: ignore[index]
-    splits = [split for split in section.splits if expected_bytes.get(split)]
-    texts = {split: _texts(workspace, split) for split in splits}
-    model, tokenizer = serving.load_model(workspace.input(MODEL))
-    context = _context(model.config)
-    prompt = likelihood.encode(tokenizer, [section.prompt])[0] if section.prompt is not None else None
-    _check_lengths(section, context, len(prompt or []))
-    leak = likelihood.future_leak(model)
+    for stage in inputs(recipe, workspace.out):
+        workspace.input(stage)  # names the one that is missing
+    digests = source_digests(recipe, workspace)
+    finetune = artifact.read_manifest(workspace.out / "finetune")
+    models = _models(section, workspace, finetune)
+    dataset = _read_dataset(section) if section.dataset is not None else None
+    texts, num_bytes = _texts(section, workspace, dataset)
+    if set(LIKELIHOODS) & set(section.metrics) and not texts:
+        workspace.input("data")  # there may be data without held-out splits, but not none
+    held_out = next((texts[split] for split in ("test", "validation", "dataset") if split in texts), [])
 
-    figures: dict[str, Any] = {}
+    figures: dict[str, dict[str, Any]] = {}
     timings: dict[str, float] = {}
-    scores: dict[str, likelihood.Scores] = {}
-    if {"bits_per_byte", "perplexity"} & set(section.metrics):
-        for split in splits:
-            started = time.perf_counter()
-            scores[split] = likelihood.score_texts(
-                model, tokenizer, texts[split], window=section.window, progress=f"evaluate {split}"
-            )
-            timings[f"score {split}"] = time.perf_counter() - started
-            figures[split] = _figures(section, scores[split], str(model.dtype).removeprefix("torch."))
-    if "parses" in section.metrics:
-        started = time.perf_counter()
-        figures["parses"] = evaluate_parses(
-            model,
-            tokenizer,
-            texts.get("test", texts.get("validation", [])),
-            num_samples=section.parses_samples,
-            num_tokens=section.parses_tokens or min(PARSES_TOKENS, context - 1 if context else PARSES_TOKENS),
-            temperature=section.temperature,
-            top_p=section.top_p,
-            seed=recipe.seed,
-            progress="evaluate parses",
-        )
-        timings["parses"] = time.perf_counter() - started
-    started = time.perf_counter()
-    held_out = texts.get("test", texts.get("validation", []))
-    samples = _samples(section, model, tokenizer, held_out, prompt=prompt, context=context, seed=recipe.seed)
-    timings["samples"] = time.perf_counter() - started
+    scores: dict[tuple[str, str], Scores] = {}
+    leaks: dict[str, FutureLeak] = {}
+    written: dict[str, list[str | None]] = {}
+    questions: list[Question] = []
+    num_prompts = 0
+    samples: list[dict[str, Any]] = []
+    primary = next(iter(models))
 
+    @contextlib.contextmanager
+    def timed(name: str) -> Iterator[str]:
+        started = time.perf_counter()
+        yield f"evaluate {name}"
+        timings[name] = time.perf_counter() - started
+
+    for name in reversed(models):  # the finetuned first: its tokenizer has the template that questions are put by
+        label = "" if len(models) == 1 else f"{name} "
+        model, tokenizer = serving.load_model(models[name])
+        _check_tokenizer(models[name], model, tokenizer)
+        context = _context(model.config)
+        prompt = likelihood.encode(tokenizer, [section.prompt])[0] if section.prompt is not None else None
+        _check_lengths(section, context, len(prompt or []))
+        if set(OVERLAPS) & set(section.metrics) and not questions:
+            found = _questions(workspace, dataset, tokenizer)
+            questions, num_prompts = answers.choose(found, section.num_answers, recipe.seed), len(found)
+        figures[name] = {}
+        leaks[name] = likelihood.future_leak(model)
+        if set(LIKELIHOODS) & set(section.metrics):
+            for split in texts:
+                with timed(f"{label}score {split}") as progress:
+                    scored = likelihood.score_texts(
+                        model, tokenizer, texts[split], window=section.window, progress=progress
+                    )
+                scores[name, split] = scored
+                figures[name][split] = scored.summary(section.metrics, recipe.seed) | {
+                    "precision": str(model.dtype).removeprefix("torch.")
+                }
+        if "parses" in section.metrics:
+            with timed(f"{label}parses") as progress:
+                figures[name]["parses"] = evaluate_parses(
+                    model,
+                    tokenizer,
+                    held_out,
+                    num_samples=section.parses_samples,
+                    num_tokens=section.parses_tokens or min(PARSES_TOKENS, context - 1 if context else PARSES_TOKENS),
+                    temperature=section.temperature,
+                    top_p=section.top_p,
+                    seed=recipe.seed,
+                    progress=progress,
+                )
+        if questions and (name != "pretrain" or "base" not in models):
+            with timed(f"{label}answers") as progress:
+                written[name] = answers.write_answers(
+                    model,
+                    tokenizer,
+                    questions,
+                    answer_tokens=section.answer_tokens or _kept_free(finetune),
+                    progress=progress,
+                )
+        if name == primary:
+            with timed("samples"):
+                samples = continue_texts(
+                    model,
+                    tokenizer,
+                    held_out,
+                    num_samples=section.num_samples,
+                    num_tokens=section.sample_tokens,
+                    prompt=prompt,
+                    context=context,
+                    temperature=section.temperature,
+                    top_p=section.top_p,
+                    seed=recipe.seed,
+                )
+
+    figures = {name: figures[name] for name in models}
+    leaks = {name: leaks[name] for name in models}
+    scores = {(name, split): scores[name, split] for name in models for split in texts if (name, split) in scores}
+    counts: dict[str, int] = {}
+    compared = None
+    if questions:
+        with timed("compare"):
+            compared = answers.compare(
+                {name: written[name] for name in models if name in written},
+                questions,
+                metrics=section.metrics,
+                most_frequent=finetune["metrics"]["most_frequent_answer"] if finetune else None,
+                seed=recipe.seed,
+            )
+        for who, each in compared.summaries.items():
+            figures.setdefault(who, {})["answers"] = each
+        counts = {"num_answers": len(compared.records), "num_prompts": num_prompts}
+    comparisons = {"comparisons": compared.comparisons} if compared and compared.comparisons else {}
     with workspace.staging() as folder:
-        artifact.write_json(folder / "metrics.json", {MODEL: figures})
+        artifact.write_json(folder / "metrics.json", figures | comparisons)
         artifact.write_json(folder / "samples.json", samples)
+        if compared:
+            artifact.write_json(folder / "answers.json", compared.records)
         workspace.publish(
             folder,
             section=to_dict(section),
-            inputs={stage: manifest["digest"] for stage, manifest in inputs.items() if manifest is not None},
-            proofs=_proofs(scores, expected_bytes, leak),
-            metrics={MODEL: figures},
+            inputs=digests,
+            proofs=likelihood_proofs(scores, num_bytes, leaks, lossless=section.model is None),
+            metrics=figures | comparisons | counts,
             timings=timings,
         )
-    return _rows(figures)
+    return _rows(figures, compared.comparisons if compared else [], counts)
 
 
-def _texts(workspace: Workspace, split: str) -> list[str]:
+# ---------------------------------------------------------------------------------------------------------------------
+# What is read
+
+
+def _models(section: EvaluateSection, workspace: Workspace, finetune: dict[str, Any] | None) -> dict[str, Path]:
+    """`{name: folder}`; the finetuned model, if there is one, stands last.
+
+    Raises: UsageError if a folder is missing, or the finetuned model was made from another than the one beside it.
+    """
+    if section.model is not None:
+        return {"model": Path(section.model).expanduser()}
+    models = {}
+    pretrain = artifact.read_manifest(workspace.out / "pretrain")
+    base = _foreign_base(workspace.out)
+    if base is None or pretrain is not None:
+        models["pretrain"] = workspace.input("pretrain")
+    if finetune is None:
+        return models
+    if base is not None:
+        if not Path(base).is_dir():
+            raise UsageError(f"finetune was made from {base}, and there is no such folder any more; put it back")
+        models["base"] = Path(base)
+    elif pretrain is not None and finetune["inputs"].get("pretrain", pretrain["digest"]) != pretrain["digest"]:
+        raise UsageError(
+            f"{workspace.out / 'finetune'} was made from another pretrained model than the one that stands beside it; "
+            "run `hfscratch finetune RECIPE` first, or move it away"
+        )
+    return models | {"finetune": workspace.input("finetune") / "merged"}
+
+
+def _texts(
+    section: EvaluateSection, workspace: Workspace, dataset: _Dataset | None
+) -> tuple[dict[str, list[str]], dict[str, int]]:
+    """`{split: texts}` and `{split: bytes that there must be}`; the dataset, if it is text, in place of the data."""
     import pyarrow.parquet as pq
 
-    paths = sorted((workspace.input("data") / "data").glob(f"{split}-*.parquet"))
-    return [text for path in paths for text in pq.read_table(path, columns=["text"])["text"].to_pylist()]
+    if dataset is not None and dataset.texts:
+        return {"dataset": dataset.texts}, {"dataset": sum(len(text.encode()) for text in dataset.texts)}
+    manifest = artifact.read_manifest(workspace.out / "data")
+    if manifest is None:
+        return {}, {}
+    expected: dict[str, int] = manifest["metrics"]["bytes"]
+    texts: dict[str, list[str]] = {}
+    for split in section.splits:
+        if expected.get(split):
+            paths = sorted((workspace.input("data") / "data").glob(f"{split}-*.parquet"))
+            texts[split] = [
+                text for path in paths for text in pq.read_table(path, columns=["text"])["text"].to_pylist()
+            ]
+    return texts, expected
+
+
+@dataclass(frozen=True)
+class _Dataset:
+    """What `evaluate.dataset` holds: texts, examples of instructions, or both.
+
+    Attributes:
+        columns: what was found in it, in words.
+    """
+
+    columns: str
+    texts: list[str]
+    examples: list[Any]
+
+
+def _read_dataset(section: EvaluateSection) -> _Dataset:
+    """Raises: UsageError if there is no such thing; DataError if it cannot be read or has neither kind of columns."""
+    from hfscratch.data import sources
+    from hfscratch.training import conversations
+
+    assert section.dataset is not None
+    path = sources.expand(section.dataset)
+    if not path.exists():
+        raise UsageError(f"evaluate.dataset is {section.dataset}, and there is no such file or folder here")
+    held = [path] if path.is_file() else sorted(path.iterdir())
+    tables = [each for each in held if each.is_file() and each.name.lower().endswith(conversations.EXTENSIONS)]
+    if not tables:
+        return _Dataset("text files", _read_texts(path, section.text_column), [])
+    columns = _columns(tables[0])
+    is_text = section.text_column in columns
+    is_examples = any(set(needed) <= set(columns) for needed in conversations.LAYOUTS.values())
+    if not is_text and not is_examples:
+        raise DataError(
+            f"evaluate.dataset: {tables[0]} has the columns {', '.join(columns) or '(none)'}; it needs a column of "
+            f"text (evaluate.text_column, '{section.text_column}'), or questions and answers: {conversations.NEEDED}"
+        )
+    examples: list[Any] = []
+    if is_examples:
+        try:
+            examples, _ = conversations.read_examples(str(path))
+        except HfscratchError as error:  # the reader speaks of the section that it was written for
+            raise type(error)(str(error).replace("finetune.data", "evaluate.dataset")) from None
+    texts = _read_texts(path, section.text_column) if is_text else []
+    return _Dataset(f"the columns {', '.join(columns)}", texts, examples)
+
+
+def _columns(path: Path) -> list[str]:
+    """The columns of a table: for JSON, the keys of its first record. Raises: DataError."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        if path.name.lower().endswith(".parquet"):
+            return list(pq.read_schema(path).names)
+        is_packed = path.name.lower().endswith(".gz")
+        with gzip.open(path, "rt", encoding="utf-8-sig") if is_packed else path.open(encoding="utf-8-sig") as file:
+            line = next((line for line in file if line.strip()), "")
+            if not line:
+                raise ValueError("it is empty")
+            record = json.loads(line + file.read())[:1] if line.lstrip().startswith("[") else [json.loads(line)]
+    except (OSError, EOFError, zlib.error, ValueError, pa.ArrowException) as error:
+        raise DataError(f"evaluate.dataset: {path} cannot be read: {' '.join(str(error).split())}") from None
+    return list(record[0]) if record and isinstance(record[0], dict) else []
+
+
+def _read_texts(path: Path, column: str) -> list[str]:
+    """Every text below `path`, by the readers of the data stage. Raises: DataError for a record that is none."""
+    from hfscratch.data import sources
+    from hfscratch.data.readers import READERS
+
+    source = sources.find_source(str(path), text_column=column)
+    places = {file.name: place for place, file in enumerate(source.files)}
+    readers = {kind.format: kind(source, places) for kind in READERS}
+    texts = []
+    for file in source.files:
+        for document in readers[sources.FORMATS[sources.extension(file.name)]].read_file(file.name):
+            what = document.metadata
+            if what.get("failure"):
+                where = f"{path}, {file.name}" + (f", record {what['number']}" if what["number"] else "")
+                detail = f" ({what['note']})" if what["note"] else ""
+                raise DataError(f"evaluate.dataset: {where}: {what['failure']}{detail}; mend it, or leave it out")
+            texts.append(document.text)
+    if not any(texts):
+        raise DataError(f"evaluate.dataset: {path} holds no text")
+    return texts
+
+
+def _questions(workspace: Workspace, dataset: _Dataset | None, tokenizer: Any) -> list[Question]:
+    """The dataset's questions, or else finetune's. Raises: UsageError if there are none."""
+    from hfscratch.evaluation.answers import Question, read_questions
+    from hfscratch.tokens.chat import set_chat_template
+    from hfscratch.training.examples import prompt_text
+
+    if dataset is not None and dataset.examples:
+        if any(each.messages for each in dataset.examples):
+            set_chat_template(tokenizer)
+        return [
+            Question(each.question[:16], prompt_text(tokenizer, each), each.answer, is_text=not each.messages)
+            for each in dataset.examples
+        ]
+    questions = read_questions(workspace.input("finetune") / "test.jsonl")
+    if not questions:
+        raise UsageError(
+            f"finetune held out no question ({workspace.out / 'finetune' / 'test.jsonl'} is empty); give an "
+            f"evaluate.dataset, or leave {', '.join(OVERLAPS)} out of evaluate.metrics"
+        )
+    return questions
+
+
+def _kept_free(finetune: dict[str, Any] | None) -> int:
+    """Tokens of an answer, by the finetuning."""
+    section = finetune["section"] if finetune else {}
+    return section["answer_tokens"] if section.get("task") == "docstring" else ANSWER_TOKENS
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is checked
 
 
 def _context(config: Any) -> int | None:
     """The most tokens a model reads at once, or None if it sets no limit."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def _check_tokenizer(folder: Path, model: Any, tokenizer: Any) -> None:
+    """Raises: UsageError if the tokenizer has ids that the model does not know."""
+    highest, size = max(tokenizer.get_vocab().values(), default=-1), model.config.get_text_config().vocab_size
+    if highest >= size:
+        raise UsageError(
+            f"the tokenizer of {folder} has ids up to {highest} and the model knows {size}; they do not belong together"
+        )
 
 
 def _check_lengths(section: EvaluateSection, context: int | None, prompt_tokens: int) -> None:
@@ -204,107 +547,48 @@ def _check_lengths(section: EvaluateSection, context: int | None, prompt_tokens:
         )
 
 
-def _figures(section: EvaluateSection, scores: Any, precision: str) -> dict[str, Any]:
-    readings = {name: getattr(scores, name) for name in ("bits_per_byte", "perplexity") if name in section.metrics}
-    return readings | {
-        "num_documents": len(scores.nats),
-        "num_bytes": int(scores.num_bytes.sum()),
-        "num_tokens": int(scores.num_tokens.sum()),
-        "precision": precision,
-    }
+# ---------------------------------------------------------------------------------------------------------------------
+# What is found
 
 
-def _samples(
-    section: EvaluateSection,
-    model: Any,
-    tokenizer: Any,
-    held_out: Sequence[str],
-    *,
-    prompt: list[int] | None,
-    context: int | None,
-    seed: int,
-) -> list[dict[str, Any]]:
-    """`[{"prompt", "text"}]`: what the model writes after the recipe's prompt, or after held-out beginnings."""
-    from hfscratch.evaluation.likelihood import encode
-    from hfscratch.evaluation.sampling import sample
-
-    if section.num_samples == 0:
-        return []
-    if prompt is not None:
-        prompts = [prompt] * section.num_samples
-    else:
-        # They may end inside a character; what is shown as the prompt is decoded from the same tokens.
-        given = PROMPT_TOKENS if context is None else min(PROMPT_TOKENS, (context - 1) // 2)
-        beginnings = [row[:given] for row in encode(tokenizer, held_out) if len(row) > given]
-        chosen = random.Random(seed).sample(beginnings, min(section.num_samples - 1, len(beginnings)))
-        prompts = [[]] * (section.num_samples - len(chosen)) + chosen
-    samples: list[dict[str, Any]] = []
-    for length in sorted(set(map(len, prompts))):
-        alike = [each for each in prompts if len(each) == length]
-        room = section.sample_tokens if context is None else min(section.sample_tokens, context - 1 - length)
-        continuations = sample(
-            model,
-            tokenizer,
-            alike,
-            num_tokens=room,
-            temperature=section.temperature,
-            top_p=section.top_p,
-            seed=seed,
-        )
-        for each, row in zip(alike, continuations, strict=True):
-            before = tokenizer.decode(each, clean_up_tokenization_spaces=False)
-            whole = tokenizer.decode([*each, *row], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            # A character may begin in the prompt and end in the text; then the prompt is shown without its half.
-            before = before if whole.startswith(before) else before.rstrip("\ufffd")
-            samples.append({"prompt": before, "text": whole[len(before) :], "num_tokens": len(row)})
-    return samples
-
-
-def _proofs(scores: dict[str, Any], expected_bytes: dict[str, int], leak: Any) -> list[Proof]:
-    causal = Proof(
-        "no token sees those after it",
-        leak.is_causal,
-        f"logits move by {leak.largest_change:.1e} at most, where rounding allows {leak.allowed:.0e}, when the second "
-        f"half of {leak.num_tokens} tokens changes",
-    )
-    if not scores:
-        return [causal]
-
-    def evidence(of: Any) -> str:
-        return "; ".join(f"{split}: {of(split)}" for split in scores)
-
-    tokens = {split: int(each.num_tokens.sum()) for split, each in scores.items()}
-    sizes = {split: int(each.num_bytes.sum()) for split, each in scores.items()}
-    return [
-        causal,
-        Proof(
-            "every token is predicted exactly once",
-            all(each.num_scored_once == tokens[split] for split, each in scores.items()),
-            evidence(lambda split: f"{scores[split].num_scored_once:,} of {tokens[split]:,} tokens"),
-        ),
-        Proof(
-            "every byte of the split is scored",
-            all(size == expected_bytes[split] for split, size in sizes.items()),
-            evidence(lambda split: f"{sizes[split]:,} of {expected_bytes[split]:,} bytes"),
-        ),
-        Proof(
-            "every document comes back unchanged from its tokens",
-            all(each.num_round_trips == len(each.nats) for each in scores.values()),
-            evidence(lambda split: f"{scores[split].num_round_trips:,} of {len(scores[split].nats):,} documents"),
-        ),
-    ]
-
-
-def _rows(figures: dict[str, Any]) -> list[tuple[str, str]]:
+def _rows(
+    told: Mapping[str, Mapping[str, Any]], comparisons: Sequence[Mapping[str, Any]], counts: Mapping[str, int]
+) -> list[tuple[str, str]]:
+    """The table: each figure of the first model, then of the others."""
     rows = []
-    for name, label in (("bits_per_byte", "bits per byte"), ("perplexity", "perplexity")):
-        for split in ("validation", "test"):
-            if name in figures.get(split, {}):
-                rows.append((f"{label}, {split}", f"{figures[split][name]:.3f}"))
-    if "parses" in figures:
-        parses = figures["parses"]
-        rows.append(("samples that parse", f"{parses['share']:.1%} of {parses['num_samples']} samples"))
-        if parses["reference_share"] is not None:
-            of = f"of {parses['num_references']} documents"
-            rows.append(("real text that parses, cut alike", f"{parses['reference_share']:.1%} {of}"))
+
+    def row(label: str, name: str, value: str) -> None:
+        rows.append((label if name == next(iter(told)) else f"{label}, {name}", value))
+
+    for reading, label in (("bits_per_byte", "bits per byte"), ("perplexity", "perplexity")):
+        for split in ("validation", "test", "dataset"):
+            for name, each in told.items():
+                if reading in each.get(split, {}):
+                    row(f"{label}, {split}", name, f"{each[split][reading]:.3f}")
+    for name, each in told.items():
+        if "parses" in each:
+            parses = each["parses"]
+            row("samples that parse", name, f"{parses['share']:.1%} of {parses['num_samples']} samples")
+            if parses["reference_share"] is not None and name == next(iter(told)):
+                share = f"{parses['reference_share']:.1%} of {parses['num_references']} documents"
+                row("real text that parses, cut alike", name, share)
+        for split in ("validation", "test", "dataset"):
+            found = each.get(split)
+            if found and found["num_round_trips"] < found["num_documents"]:
+                unchanged = f"{found['num_round_trips']:,} of {found['num_documents']:,}"
+                row(f"texts that come back unchanged from their tokens, {split}", name, unchanged)
+    if counts:
+        rows.append(("questions answered", f"{counts['num_answers']:,} of {counts['num_prompts']:,}"))
+    for metric in HEADLINES:
+        for name, each in told.items():
+            if metric in each.get("answers", {}):
+                found = each["answers"][metric]
+                low, high = found["interval"]
+                rows.append((f"{metric}, {name}", f"{found['value']:.3f} ({low:.3f} to {high:.3f})"))
+        for each in comparisons:
+            if each["metric"] == metric:
+                low, high = each["interval"]
+                times = f", {each['ratio']:.2f} times" if each["ratio"] is not None else ""
+                value = f"{each['difference']:+.3f} ({low:+.3f} to {high:+.3f}){times}"
+                rows.append((f"{metric}, {each['of']} over {each['over']}", value))
     return rows

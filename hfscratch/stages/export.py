@@ -21,7 +21,7 @@ from hfscratch.recipe import Recipe, to_dict
 
 INPUTS = ()
 """None that every run has: `source_digests` says which artifacts are read."""
-VERSION = 1
+VERSION = 2
 NUM_PROMPTS = 20
 PROMPT_TOKENS = (3, 40)
 """The shortest and the longest prompt of the comparison; the others lie between."""

@@ -83,9 +83,9 @@ def test_inputs_and_outputs_are_named_and_dynamic_as_optimum_has_them(any_kind):
     shape = any_kind.shape
     assert [each.name for each in loaded.input] == ["input_ids", "attention_mask", "position_ids", *shape.past_names]
     assert [each.name for each in loaded.output] == ["logits", *shape.present_names]
-    assert dims(loaded.input[0]) == ["batch", "seq"]
+    assert dims(loaded.input[0]) == ["batch_size", "sequence_length"]
     for each in loaded.input[3:]:
-        assert dims(each) == ["batch", shape.num_heads, "past", shape.head_dim]
+        assert dims(each) == ["batch_size", shape.num_heads, "past_sequence_length", shape.head_dim]
 
 
 def test_the_model_is_left_as_it_was(exported):
