@@ -6,6 +6,7 @@ given, and writes a comment at each choice. What it writes trains without change
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import re
@@ -34,6 +35,11 @@ PREPARE_S = 1.5
 """Of the pretrain stage, what does not depend on the corpus: the model, measuring the batch, publishing."""
 EVALUATE_S = 2.0
 """Of the evaluate stage, what does not depend on the corpus: opening libraries, writing samples."""
+
+
+EXPORT_S = 10.0
+"""Of the export stage, what does not depend on the model: opening libraries, comparing, timing."""
+EXPORT_S_PER_PARAMETER = 1e-6
 
 
 @dataclass(frozen=True)
@@ -114,11 +120,12 @@ def _plan(inspection: Inspection, minutes: float) -> _Plan:
     sequence_length = 256 if corpus_tokens > 100_000 else 128 if corpus_tokens > 5_000 else 64
 
     fixed = _fixed_seconds(size)
-    available = max(minutes * 60 - sum(fixed.values()) - EVALUATE_S, 10.0)
+    exports = _can_export()
+    available = max(minutes * 60 - sum(fixed.values()) - EVALUATE_S - EXPORT_S * exports, 10.0)
     chosen: tuple[int, int, float] | None = None
     for depth in DEPTHS:
         parameters, per_s = _measure(depth, vocab_size, sequence_length, batch_tokens=2048, dropout=0.1)
-        affordable = int(available * per_s / 1.3)
+        affordable = int(max(available - EXPORT_S_PER_PARAMETER * parameters * exports, 10.0) * per_s / 1.3)
         tokens = min(affordable, 20 * parameters, MAX_EPOCHS * corpus_tokens)
         if chosen is not None and tokens < TOKENS_PER_PARAMETER * parameters:
             break
@@ -132,7 +139,7 @@ def _plan(inspection: Inspection, minutes: float) -> _Plan:
     # Measured again as it will be: how much a step reads, and dropout, change the speed by a half.
     epochs = max_tokens / corpus_tokens
     dropout = 0.2 if epochs > 4 else 0.1 if epochs > 1.5 else 0.0
-    _, per_s = _measure(depth, vocab_size, sequence_length, batch_tokens=batch_tokens, dropout=dropout)
+    parameters, per_s = _measure(depth, vocab_size, sequence_length, batch_tokens=batch_tokens, dropout=dropout)
     max_tokens = min(max_tokens, int(available * per_s / 1.3))
     max_tokens = max(max_tokens // batch_tokens, 20) * batch_tokens
     steps = max_tokens // batch_tokens
@@ -140,6 +147,9 @@ def _plan(inspection: Inspection, minutes: float) -> _Plan:
     training = PREPARE_S + training_seconds(
         steps, batch_tokens / per_s, evaluation_tokens=evaluation_tokens, tokens_per_step=batch_tokens
     )
+    seconds = fixed | {"pretrain": training, "evaluate": EVALUATE_S + 4 * held_out_tokens / per_s / 2}
+    if exports:
+        seconds["export"] = EXPORT_S + EXPORT_S_PER_PARAMETER * parameters
     return _Plan(
         depth=depth,
         vocab_size=vocab_size,
@@ -151,8 +161,13 @@ def _plan(inspection: Inspection, minutes: float) -> _Plan:
         chunk_chars=chunk_chars,
         corpus_tokens=corpus_tokens,
         tokens_per_s=per_s,
-        seconds=fixed | {"pretrain": training, "evaluate": EVALUATE_S + 4 * held_out_tokens / per_s / 2},
+        seconds=seconds,
     )
+
+
+def _can_export() -> bool:
+    """Whether what `export` needs is installed."""
+    return all(importlib.util.find_spec(package) for package in ("onnx", "onnxscript", "onnxruntime"))
 
 
 def _fixed_seconds(size: int) -> dict[str, float]:
@@ -249,6 +264,22 @@ def _yaml(name: str, path: str, output: Path, inspection: Inspection, plan: _Pla
         "evaluate:",
         f"  metrics: {metrics}",
     ]
+    if "export" in plan.seconds:
+        lines.append("export: {formats: [onnx]}   # for other runtimes: one graph, and its 8- and 4-bit files")
+    else:
+        lines.append("# export: {formats: [onnx]}   # for other runtimes; first: pip install 'hfscratch[export]'")
+    if inspection.python_share > 0.5:
+        lines += [
+            "# To teach it to write docstrings, from the functions here that have one, and to score them:",
+            f"# finetune: {{task: docstring, sequence_length: {plan.sequence_length}}}",
+            f"# and above: evaluate: {{metrics: {metrics[:-1]}, rouge]}}",
+        ]
+    else:
+        lines += [
+            "# To teach it to answer, from instruction data of yours (messages, prompt/completion or alpaca columns):",
+            "# finetune: {task: sft, data: my_instructions.jsonl}",
+            f"# and above: evaluate: {{metrics: {metrics[:-1]}, rouge]}}",
+        ]
     return "\n".join(lines) + "\n"
 
 

@@ -42,6 +42,7 @@ def test_one_small_file_becomes_a_model_without_a_change_to_the_recipe(tmp_path)
     assert done.returncode == 0, done.stderr
     scores = json.loads((tmp_path / "runs" / "notes" / "evaluate" / "metrics.json").read_text())["pretrain"]
     assert 0 < scores["test"]["bits_per_byte"] < 8
+    assert (tmp_path / "runs" / "notes" / "export" / "onnx" / "onnx" / "model_q4.onnx").is_file()
     assert scores["validation"]["num_bytes"] > 0
 
 
@@ -102,3 +103,21 @@ def test_what_cannot_be_done_is_one_sentence(tmp_path):
         init.write_recipe(str(tmp_path / "a.txt"), output=tmp_path / "b.yaml", minutes=-1)
     with pytest.raises(UsageError, match="--minutes is inf"):
         init.write_recipe(str(tmp_path / "a.txt"), output=tmp_path / "b.yaml", minutes=float("inf"))
+
+
+@pytest.mark.parametrize("is_python", [True, False])
+def test_the_stages_that_it_only_proposes_load_when_their_lines_are_taken(tmp_path, corpus, is_python):
+    (tmp_path / "notes.txt").write_text(prose(20_000))
+    source = corpus if is_python else tmp_path / "notes.txt"
+    written = init.write_recipe(str(source), output=tmp_path / "x.yaml", minutes=1)
+    proposed = [line[2:] for line in written.path.read_text().splitlines() if line.startswith("# finetune:")]
+    written.path.write_text(written.path.read_text() + "\n".join(proposed) + "\n")
+    assert load(written.path).section("finetune").task == ("docstring" if is_python else "sft")
+
+
+def test_without_the_packages_that_export_needs_it_is_proposed_with_the_install_command(tmp_path, monkeypatch):
+    (tmp_path / "notes.txt").write_text(prose(20_000))
+    monkeypatch.setattr(init, "_can_export", lambda: False)
+    written = init.write_recipe(str(tmp_path / "notes.txt"), output=tmp_path / "x.yaml", minutes=1)
+    assert "export" not in load(written.path).sections
+    assert "pip install 'hfscratch[export]'" in written.path.read_text()

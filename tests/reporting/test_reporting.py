@@ -43,12 +43,48 @@ SAMPLES = [
 ]
 
 
-INPUTS = {"tokenizer": ["data"], "pretrain": ["tokenizer"], "evaluate": ["data", "pretrain"]}
+def figures_of(value):
+    return {"rouge1": {"value": value + 0.02, "interval": [value, value + 0.04]}} | {
+        "rougeL": {"value": value, "interval": [value - 0.01, value + 0.01]}
+    }
+
+
+DOWNSTREAM = {
+    "pretrain": {**SCORES, "answers": figures_of(0.1012)},
+    "finetune": {"test": {"bits_per_byte": 1.9954}, "answers": figures_of(0.2034)},
+    "most_frequent_answer": {"answers": figures_of(0.0111)},
+    "name_as_words": {"answers": figures_of(0.1975)},
+    "comparisons": [
+        {"metric": "rougeL", "of": "finetune", "over": over, "difference": gain, "interval": interval, "ratio": ratio}
+        for over, gain, interval, ratio in (
+            ("pretrain", 0.1022, [0.08, 0.12], 2.01),
+            ("name_as_words", 0.0059, [-0.01, 0.02], 1.03),
+        )
+    ],
+}
+ANSWERS = [
+    {
+        "id": str(number),
+        "prompt": f"def <b>f{number}</b>(self):\n    return {number}\n",
+        "reference": f"Return | number {number}.",
+        "answers": {"pretrain": "", "finetune": f"Return `{number}`.", "name_as_words": f"f {number}"},
+    }
+    for number in range(20)
+]
+INPUTS = {
+    "tokenizer": ["data"],
+    "pretrain": ["tokenizer"],
+    "finetune": ["pretrain"],
+    "evaluate": ["data", "pretrain", "finetune"],
+    "export": ["finetune"],
+}
 
 
 def publish(out, stage, fill, **manifest):
     workspace = Workspace(out, stage, key="k")
     standing = {name: read_manifest(out / name) for name in INPUTS.get(stage, [])}
+    if not (out / "finetune").is_dir():
+        standing.pop("finetune", None)
     inputs = {name: each["digest"] if each else "of one that is not here" for name, each in standing.items()}
     with workspace.staging() as folder:
         fill(folder)
@@ -94,12 +130,50 @@ def publish_pretrain(out, history=HISTORY):
 
 
 def publish_evaluate(out):
+    has_answers = (out / "finetune").is_dir()
+
     def fill(folder):
-        write_json(folder / "metrics.json", {"pretrain": SCORES})
+        write_json(folder / "metrics.json", DOWNSTREAM if has_answers else {"pretrain": SCORES})
         write_json(folder / "samples.json", SAMPLES)
+        if has_answers:
+            write_json(folder / "answers.json", ANSWERS)
 
     proof = Proof("every token is predicted exactly once", True, "all of them")
     publish(out, "evaluate", fill, metrics={"pretrain": SCORES}, proofs=[proof], timings={"score test": 13.1})
+
+
+def publish_finetune(out):
+    history = [{"step": step, "eval_loss": 5 - step / 100} for step in (0, 50, 100)]
+    metrics = {
+        "task": "docstring",
+        "method": "lora",
+        "trainable_parameters": 294_912,
+        "parameters": 7_341_056,
+        "examples": {"train": {"used": 5952}},
+        "steps": 100,
+        "published_step": 75,
+        "train_seconds": 36.9,
+    }
+    publish(out, "finetune", lambda folder: write_json(folder / "metrics.json", {"history": history}), metrics=metrics)
+
+
+def publish_export(out):
+    files = {
+        "torch": {"bits_per_byte": 1.7342, "lost": 0.0, "tokens_per_s": 627.4},
+        "fp32": {"file": "onnx/model.onnx", "size_bytes": 20_992_284, "bits_per_byte": 1.7342, "lost": 1e-11},
+        "q4": {"file": "onnx/model_q4.onnx", "size_bytes": 4_288_116, "bits_per_byte": 1.7456, "lost": 0.00657},
+    }
+    files["q4"]["tokens_per_s"] = 1884.1
+    metrics = {"onnx": files, "source": "finetune", "test_bytes": 29_575, "threads": 2}
+    publish(out, "export", lambda folder: (folder / "model.onnx").write_bytes(b"0" * 2048), metrics=metrics)
+
+
+@pytest.fixture
+def downstream(out):
+    """A run of the whole line."""
+    for make in (publish_finetune, publish_evaluate, publish_export):
+        make(out)
+    return out
 
 
 @pytest.fixture
@@ -284,9 +358,9 @@ def test_what_an_outdated_artifact_gave_is_outdated_too(out, capsys):
 
 
 def test_an_artifact_of_a_later_stage_is_listed_too(out):
-    publish(out, "export", lambda folder: (folder / "model.onnx").write_bytes(b"0" * 2048), timings={"trace": 4.0})
+    publish(out, "compress", lambda folder: (folder / "model.onnx").write_bytes(b"0" * 2048), timings={"trace": 4.0})
     page, text = write(out)
-    assert "export/" in page and "| export/ | 2.05 kB |" in text
+    assert "compress/" in page and "| compress/ | 2.05 kB |" in text
     assert "trace" in page
 
 
@@ -366,3 +440,45 @@ def test_no_figure_is_lost_between_metrics_and_tiles(out):
     assert [tile["value"] for tile in tiles if tile["label"] == "bits per byte"] == [
         formats.figure(scores[split]["bits_per_byte"]) for split in ("test", "validation")
     ]
+
+
+def test_what_finetuning_taught_is_told_with_intervals_and_what_it_cost(downstream, capsys):
+    page, text = write(downstream)
+    for told in (Page(page).text, text, summary(downstream, capsys)):
+        assert "0.203" in told and "0.101" in told and "0.011" in told
+    for told in (Page(page).text, text):
+        assert "0.193 to 0.213" in told
+        assert "+0.102 (+0.080 to +0.120)" in told
+        assert "1.995 bits per byte after finetuning, 1.873 before" in told
+        assert "the interval holds 0" in told.split("as words”, prompt by prompt")[1]
+    assert "5,952 examples, 100 steps" in summary(downstream, capsys)
+
+
+def test_the_answers_shown_are_spread_over_all_prompts_and_are_not_obeyed(downstream):
+    page, text = write(downstream)
+    assert "<b>f" not in page
+    shown = [number for number in range(20) if f"Return | number {number}." in Page(page).text]
+    assert len(shown) == 6 and shown[0] == 0 and shown[-1] == 19
+    rows = [line for line in text.splitlines() if line.startswith("| reference |")]
+    assert len(rows) == 6
+    assert all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows)
+
+
+def test_exported_files_are_told_with_size_loss_and_speed(downstream, capsys):
+    page, text = write(downstream)
+    for told in (Page(page).text, text):
+        assert "4.29 MB" in told and "+0.657 %" in told and "1,884" in told and "1.7456" in told
+    assert "4.3 MB, +0.657% bits per byte, 1,884 tokens/s" in summary(downstream, capsys)
+
+
+def test_the_score_of_a_foreign_model_on_a_dataset_is_a_report_of_its_own(tmp_path, capsys):
+    scores = {"bits_per_byte": 2.9012, "num_documents": 60, "num_bytes": 5000, "num_tokens": 2000}
+
+    def fill(folder):
+        write_json(folder / "metrics.json", {"model": {"dataset": scores}})
+        write_json(folder / "samples.json", [])
+
+    publish(tmp_path, "evaluate", fill, metrics={"model": {"dataset": scores}})
+    page, text = write(tmp_path)
+    for told in (Page(page).text, text, summary(tmp_path, capsys)):
+        assert "2.901" in told

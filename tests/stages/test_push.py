@@ -16,6 +16,7 @@ from hfscratch import artifact, pipeline, recipe, tokens
 from hfscratch.artifact import Workspace
 from hfscratch.errors import MachineError, ProofFailed, UsageError
 from hfscratch.stages import export, push
+from tests.conftest import cli
 from tests.evaluation.small_model import make_tokenizer
 from tests.export.conftest import VOCAB_SIZE, make_model
 from tests.hub.fake_hub import Fault, fake_hub, own_hub
@@ -383,3 +384,56 @@ def test_a_recipe_must_say_where_to(tmp_path):
     path.write_text("out: x\npush: {}\n")
     with pytest.raises(UsageError, match="push needs the key 'repo_id'"):
         recipe.load(str(path), push.SECTIONS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On the command line
+
+
+@pytest.fixture
+def recipe_file(out):
+    path = out.parent / "push.yaml"
+    path.write_text(f"name: tiny\nout: {out}\nexport: {{test_bytes: 4000}}\npush: {{repo_id: {REPO}}}\n")
+    return path
+
+
+def test_push_on_the_command_line_lists_sends_and_says_where(recipe_file, out, hub, tmp_path):
+    environment = hub.environment(tmp_path / "home")
+    dry = cli("push", recipe_file, "push.dry_run=true", env=environment)
+    assert dry.returncode == 0, dry.stderr
+    assert "would go to" in dry.stdout and "model.safetensors" in dry.stdout
+    assert REPO not in hub.repos and not (out / "push").exists()
+    sent = cli("push", recipe_file, env=environment)
+    assert sent.returncode == 0, sent.stderr
+    assert set(hub.repos[REPO].files) >= MODEL | ONNX
+    again = cli("push", recipe_file, env=environment)
+    assert again.returncode == 0, again.stderr
+    for done in (sent, again):
+        assert f"/{REPO} (private)" in done.stdout
+    assert "push: fresh, nothing to do" in again.stdout
+
+
+def test_run_never_pushes(recipe_file, out, hub, tmp_path):
+    shutil.rmtree(out / "export")  # so that it has something to do, with push behind it
+    done = cli("run", recipe_file, env=hub.environment(tmp_path / "home"))
+    assert done.returncode == 0, done.stderr
+    assert (out / "export").is_dir() and not (out / "push").exists()
+    assert not hub.journal
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "code", "sentence"),
+    [
+        (["push.repo_id=a/b/c"], {}, 2, "a/b/c"),
+        ([], {"HF_TOKEN": ""}, 5, "log"),
+        ([], {"HF_HUB_OFFLINE": "1"}, 5, "offline"),
+        ([], {"HF_ENDPOINT": "http://127.0.0.1:9"}, 5, "127.0.0.1:9"),
+    ],
+)
+def test_what_cannot_be_pushed_is_one_sentence(recipe_file, hub, tmp_path, words, environment, code, sentence):
+    done = cli("push", recipe_file, *words, env=hub.environment(tmp_path / "home") | environment)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("hfscratch: ") and sentence in last.lower()
+    assert not hub.repos
