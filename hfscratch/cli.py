@@ -350,12 +350,12 @@ def _scores(scores: dict[str, Any]) -> list[tuple[str, str]]:
             ]
             if found:
                 rows.append((f"{unit}, {split}", ", ".join(found)))
-    for each in models.values():
+    for model, each in models.items():
         if "parses" in each:
             parses = each["parses"]
             cut, of = parses["reference_share"], f"of {parses['num_references']} documents cut alike"
             shares = f"{parses['share']:.1%} of {parses['num_samples']} samples"
-            rows.append(("parses as Python", shares + (f"; {cut:.1%} {of}" if cut is not None else "")))
+            rows.append(("parses as Python", f"{shares} ({model})" + (f"; {cut:.1%} {of}" if cut is not None else "")))
     answers = {model: each["answers"] for model, each in models.items() if "answers" in each}
     for name in next(iter(answers.values()), {}):
         found = [f"{each[name]['value']:.3f} ({model.replace('_', ' ')})" for model, each in answers.items()]

@@ -24,7 +24,7 @@ COMMANDS = [
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("hfscratch ")])
 def test_every_command_in_the_readme_parses_and_its_recipe_loads(command):
     words = shlex.split(command)[1:]
-    arguments = cli._parser(words).parse_args(words)
+    arguments = cli._parse(words)
     if getattr(arguments, "recipe", "").startswith("pycode"):
         load(arguments.recipe, *arguments.overrides)
 

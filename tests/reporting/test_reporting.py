@@ -372,7 +372,7 @@ def test_the_summary_counts_only_the_documents_that_were_trained_on(out):
 
 
 def test_the_terminal_says_of_how_many_samples_and_documents_a_share_is(out, capsys):
-    assert "31.5% of 200 samples; 27.8% of 18 documents cut alike" in summary(out, capsys)
+    assert "31.5% of 200 samples (pretrain); 27.8% of 18 documents cut alike" in summary(out, capsys)
 
 
 def test_a_run_without_artifacts_has_no_report(tmp_path):
