@@ -63,9 +63,10 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, show_progress: boo
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Writes the tokenizer's files, in the form that transformers 4.57 reads too.
 
-    transformers 5 names the class `TokenizersBackend` and lists `extra_special_tokens`, both unknown to 4.57.
+    transformers 5 names the class `TokenizersBackend` and lists `extra_special_tokens`, both unknown to 4.57. A chat
+    template goes into `tokenizer_config.json`: transformers.js does not look for it in a file of its own.
     """
-    tokenizer.save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder), save_jinja_files=False)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["tokenizer_class"] = "PreTrainedTokenizerFast"

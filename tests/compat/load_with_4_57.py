@@ -20,6 +20,10 @@ def main(folder: Path) -> None:
     found["ids"] = encoded
     found["decoded"] = [tokenizer.decode(ids, skip_special_tokens=True) for ids in encoded]
     found["special"] = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, len(tokenizer)]
+    messages = asked["messages"]
+    found["chat"] = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    chat = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    found["chat_ids"], found["answer"] = chat["input_ids"], chat["assistant_masks"]
     for name in asked["models"]:
         model = AutoModelForCausalLM.from_pretrained(folder / name, trust_remote_code=True).eval()
         backbone = AutoModel.from_pretrained(folder / name, trust_remote_code=True).eval()

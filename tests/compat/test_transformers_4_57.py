@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hfscratch import tokens as token_engine
 from hfscratch.model import ScratchForCausalLM
+from hfscratch.tokens.chat import set_chat_template
 from tests.model.small import make_model, random_tokens
 
 PYTHON = os.environ.get("HFSCRATCH_COMPAT_PYTHON")
@@ -35,6 +36,12 @@ MODELS = {"untied": False, "tied": True}
 POSITION_IDS = [[0, 1, 2, 3, 0, 1, 2, 3], [0, 1, 0, 1, 2, 3, 4, 5]]
 ATTENTION_MASK = [[0, 0, 0, 1, 1, 1, 1, 1], [1] * 8]
 
+MESSAGES = [
+    {"role": "user", "content": "What is a list?"},
+    {"role": "assistant", "content": "A row of things."},
+    {"role": "user", "content": "And a set?"},
+]
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
@@ -42,12 +49,15 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compat")
     source = Path(token_engine.__file__).parent
     corpus = [path.read_text() for path in sorted(source.glob("*.py"))]
-    token_engine.save_tokenizer(token_engine.train_tokenizer(corpus, vocab_size=400), folder / "tokenizer")
+    tokenizer = token_engine.train_tokenizer(corpus, vocab_size=400)
+    set_chat_template(tokenizer)
+    token_engine.save_tokenizer(tokenizer, folder / "tokenizer")
     models = {name: make_model(tie_word_embeddings=tied) for name, tied in MODELS.items()}
     for name, model in models.items():
         model.save_pretrained(folder / name)
     asked = {
         "texts": TEXTS,
+        "messages": MESSAGES,
         "models": list(MODELS),
         "tokens": random_tokens(2, 8).tolist(),
         "position_ids": POSITION_IDS,
@@ -81,6 +91,17 @@ def test_the_tokenizer_opens_with_equal_ids_and_special_tokens(made):
     ours = [tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) for text in TEXTS]
     assert found["decoded"] == ours
     assert found["decoded"][:3] == TEXTS[:3]
+
+
+def test_the_chat_template_writes_the_same_and_marks_the_same_answer(made):
+    folder, _, found = made
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    assert found["chat"] == tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    assert "A row of things.<|eos|>" in found["chat"].replace(tokenizer.eos_token, "<|eos|>")
+    encoded = tokenizer.apply_chat_template(MESSAGES, return_dict=True, return_assistant_tokens_mask=True)
+    assert found["chat_ids"] == encoded["input_ids"]
+    assert found["answer"] == encoded["assistant_masks"]
+    assert 0 < sum(found["answer"]) < len(found["answer"])
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -15,6 +15,7 @@ import pytest
 
 from hfscratch.export import OnnxForCausalLM, folder, graph, quantize
 from hfscratch.tokens import save_tokenizer
+from hfscratch.tokens.chat import set_chat_template
 from tests.evaluation.small_model import make_tokenizer
 from tests.export.conftest import VOCAB_SIZE, make_model
 
@@ -28,6 +29,11 @@ KINDS = ("scratch", "qwen3", "gpt2")
 FILES = {"fp32": "model.onnx", **{name: kind.file_name for name, kind in quantize.KINDS.items()}}
 PROMPTS = ["def add(first", "class Point:\n    x = 1\n", "x"]
 NUM_TOKENS = 12
+MESSAGES = [
+    {"role": "user", "content": "What is a list?"},
+    {"role": "assistant", "content": "A row of things."},
+    {"role": "user", "content": "And a set?"},
+]
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +41,7 @@ def made(tmp_path_factory):
     """The export folders' parent, the models in it, their tokenizer, and what transformers.js wrote."""
     root = tmp_path_factory.mktemp("javascript")
     tokenizer = make_tokenizer(VOCAB_SIZE)
+    set_chat_template(tokenizer)
     models = {kind: make_model(kind) for kind in KINDS}
     for kind, model in models.items():
         path = root / kind / "onnx" / "model.onnx"
@@ -43,6 +50,7 @@ def made(tmp_path_factory):
             quantize.quantize(path, path.with_name(each.file_name), each)
         save_tokenizer(tokenizer, root / kind)
     asked = {"models": KINDS, "dtypes": list(FILES), "prompts": PROMPTS, "num_tokens": NUM_TOKENS}
+    asked["messages"] = MESSAGES
     (root / "asked.json").write_text(json.dumps(asked))
     assert PYTHON is not None
     node = Path(PYTHON).absolute().with_name("node")
@@ -63,6 +71,13 @@ def test_transformers_js_writes_torchs_greedy_text_alone_and_in_a_padded_batch(m
     written = found["models"][kind]["fp32"]
     assert written["alone"] == [written_here(models[kind], tokenizer, [prompt])[0] for prompt in PROMPTS]
     assert written["batch"] == written_here(models[kind], tokenizer, PROMPTS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_js_finds_the_chat_template_and_writes_the_same(made, kind):
+    _, _, tokenizer, found = made
+    expected = tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
+    assert found["models"][kind]["chat"] == expected
 
 
 @pytest.mark.parametrize("dtype", FILES)

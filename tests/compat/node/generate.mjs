@@ -16,7 +16,8 @@ const found = { version: env.version, models: {} };
 for (const name of asked.models) {
   const tokenizer = await AutoTokenizer.from_pretrained(name);
   tokenizer.padding_side = "left";
-  found.models[name] = {};
+  const chat = tokenizer.apply_chat_template(asked.messages, { tokenize: false, add_generation_prompt: true });
+  found.models[name] = { chat };
   for (const dtype of asked.dtypes) {
     const model = await AutoModelForCausalLM.from_pretrained(name, { dtype });
     const write = async (text) => {
