@@ -108,6 +108,15 @@ def versions() -> dict[str, str]:
     return found
 
 
+def processor() -> str:
+    """The processor's name, as far as the system tells it, and how many of its cores there are to use."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} cores"
+
+
 def recover(out: Path, stage: str) -> None:
     """Completes or undoes what a kill in the middle of `publish` left behind."""
     final, work = out / stage, out / ".work" / stage
@@ -231,6 +240,7 @@ class Workspace:
             "metrics": dict(metrics or {}),
             "timings_s": {name: round(seconds, 3) for name, seconds in (timings or {}).items()},
             "versions": versions(),
+            "processor": processor(),
             "made_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "files": files,
         }

@@ -140,6 +140,7 @@ def make_card(
         finetune=manifests.get("finetune"),
         examples=_examples(manifests),
         measured=manifests[source]["metrics"],
+        processor=manifests[source].get("processor"),
         evaluation=rows,
         comparisons=evaluate.get("metrics", {}).get("comparisons", []) if source == "finetune" else [],
         gap=_gap(rows, source),

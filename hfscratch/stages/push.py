@@ -2,7 +2,8 @@
 
 Sends the model folder (weights, configuration, code, tokenizer), a model card with the measured figures, and the ONNX
 files under `onnx/`, in one commit: the repository holds all of it or nothing. Nothing else leaves the machine: no
-manifest, no recipe, no training state; `push.dry_run=true` lists what would be sent, without network or login.
+manifest, no recipe, no training state; `push.dry_run=true` lists what would be sent and writes the card to
+`<out>/.work/push/README.md`, without network or login.
 Interrupted, the same command sends what is still missing. HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE are honoured.
 
 Writes `<out>/push/`: the card as it was sent, `files.json`, and a manifest that says where it went. Adapters, datasets
@@ -70,7 +71,7 @@ class PushSection:
     """Whether only you (or the organization) can see a repository that is made now."""
 
     dry_run: bool = False
-    """List what would be sent, and stop; needs neither network nor login."""
+    """List what would be sent, write the card where it can be read, and stop; needs neither network nor login."""
 
     onnx: bool = True
     """Whether the ONNX files go along, under onnx/, if there are any."""
@@ -163,7 +164,10 @@ def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
     if section.dry_run:
         _require(private)
         target = f"{upload.endpoint()}/{section.repo_id}, {'private' if section.private else 'public'} if it is new"
-        return [("would go to", target), *listing]
+        artifact.make_folder(workspace.work)
+        shown = workspace.work / "README.md"
+        artifact.write_text(shown, text)
+        return [("would go to", target), *listing, ("the card, to read", str(shown))]
     logger.info("push will send:\n%s", "\n".join(f"  {name:<40} {size}" for name, size in listing))
     _require(private)
 

@@ -23,6 +23,7 @@ def manifest(metrics, *, section=None, inputs=None, proofs=(), timings=None):
         "metrics": metrics,
         "timings_s": timings or {"write": 1.5},
         "versions": VERSIONS,
+        "processor": "Imagined CPU, 2 cores",
     }
 
 
@@ -214,6 +215,7 @@ def test_what_no_manifest_says_is_said_to_be_missing(tmp_path):
     assert "None was chosen by those who published it" in text
     assert "No evaluation of this very model stands beside it." in text
     assert "Energy and emissions were not measured." in text
+    assert "Imagined CPU, 2 cores" in text.split("## Environmental figures")[1]
     assert "they no longer stand beside the model" in text
 
 

@@ -403,9 +403,11 @@ def test_push_on_the_command_line_lists_sends_and_says_where(recipe_file, out, h
     assert dry.returncode == 0, dry.stderr
     assert "would go to" in dry.stdout and "model.safetensors" in dry.stdout
     assert REPO not in hub.repos and not (out / "push").exists()
+    card = (out / ".work" / "push" / "README.md").read_bytes()
     sent = cli("push", recipe_file, env=environment)
     assert sent.returncode == 0, sent.stderr
     assert set(hub.repos[REPO].files) >= MODEL | ONNX
+    assert hub.repos[REPO].files["README.md"].content == card
     again = cli("push", recipe_file, env=environment)
     assert again.returncode == 0, again.stderr
     for done in (sent, again):
