@@ -145,7 +145,7 @@ def fabricate(out, stage, folder, *, metrics, section, inputs):
 def test_a_dry_run_lists_every_file_with_its_size_and_asks_nobody(out, hub, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     rows = dict(run(out, "push.dry_run=true").rows)
-    assert rows.keys() - {"would go to", "15 files"} == MODEL | ONNX
+    assert rows.keys() - {"would go to", "15 files", "the card, to read"} == MODEL | ONNX
     weights = (out / "pretrain/model.safetensors").stat().st_size
     assert rows["model.safetensors"] == f"{weights / 1e3:,.1f} kB"
     assert rows["would go to"] == f"{hub.url}/{REPO}, private if it is new"
