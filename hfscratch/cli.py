@@ -462,6 +462,12 @@ def _converse(
                 forgotten,
                 context,
             )
-        messages.append({"role": "assistant", "content": write(messages)})
+        try:
+            answer = write(messages)
+        except UsageError as error:  # a line longer than the model can read is no reason to end
+            logging.getLogger("hfscratch").warning("%s", error)
+            messages.pop()
+            continue
+        messages.append({"role": "assistant", "content": answer})
     if is_terminal:
         _print()

@@ -42,6 +42,7 @@ class StageResult:
     rows: list[tuple[str, str]]
     was_fresh: bool
     seconds: float
+    is_published: bool = True
 
 
 def stage_module(stage: str) -> ModuleType:
@@ -111,7 +112,7 @@ def run(
                 rows = module.fresh_rows(Workspace(recipe.out, stage)) if hasattr(module, "fresh_rows") else []
                 results.append(StageResult(stage, rows, True, 0.0))
         if rank == 0 and recipe.out.is_dir():
-            _save_recipe(recipe, [stage for stage in stages if (recipe.out / stage).is_dir()])
+            _save_recipe(recipe, [result.stage for result in results if result.is_published])
     return results
 
 
@@ -130,7 +131,9 @@ def _save_recipe(recipe: Recipe, stages: Sequence[str]) -> None:
         before = {}
     now = yaml.safe_load(to_yaml(recipe))
     kept = {name: before[name] for name in sections() if name in before and name not in ours}
-    top = {name: value for name, value in now.items() if name not in sections()}
+    # A model folder in place of a recipe says nothing of the run that it is scored or exported in.
+    said = before if before and Path(recipe.source).is_dir() else now
+    top = {name: value for name, value in said.items() if name not in sections()}
     merged = top | {
         name: kept.get(name, now.get(name)) for name in sections() if name in kept or name in ours & now.keys()
     }
@@ -209,7 +212,9 @@ def _run_stage(recipe: Recipe, stage: str, rank: int, *, is_stale: bool, from_no
         while _stale(recipe, stage):
             time.sleep(POLL_S)
         rows = []
-    return StageResult(stage, rows, not is_stale, time.perf_counter() - started)
+    manifest = artifact.read_manifest(recipe.out / stage)
+    is_published = manifest is not None and manifest["key"] == key  # not after a push that only lists
+    return StageResult(stage, rows, not is_stale, time.perf_counter() - started, is_published)
 
 
 def manifests(out: Path) -> dict[str, dict[str, Any]]:

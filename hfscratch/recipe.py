@@ -103,8 +103,9 @@ def load(
 
     Raises: UsageError, naming the line, for anything that is not as it should be.
     """
-    if model_for and Path(name_or_path).is_dir():
-        path = Path(name_or_path)
+    path = Path(name_or_path)
+    is_model = path.is_dir() and (name_or_path not in shipped_recipes() or (path / "config.json").is_file())
+    if model_for and is_model:
         text = yaml.safe_dump({"name": path.resolve().name, model_for: {"model": name_or_path}})
     else:
         path = find(name_or_path)

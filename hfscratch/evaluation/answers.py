@@ -55,15 +55,14 @@ def read_questions(path: Path) -> list[Question]:
                     prompt=record["prompt"],
                     reference=record["reference"],
                     end=record["end"],
-                    # Functions are put as text; the prompts of instruction data may come from a chat template.
-                    is_text=bool(record["end"]),
+                    is_text=record["is_text"],
                     name_as_words=record.get("name_as_words"),
                 )
             )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{path} holds no questions with `id`, `prompt`, `reference` and `end` ({type(error).__name__}: {error}); "
-            "run `hfscratch finetune RECIPE --force`"
+            f"{path} holds no questions with `id`, `prompt`, `is_text`, `reference` and `end` "
+            f"({type(error).__name__}: {error}); run `hfscratch finetune RECIPE --force`"
         ) from None
     return questions
 

@@ -15,7 +15,8 @@ import numpy as np
 NUM_RESAMPLES = 2000
 CONFIDENCE = 0.95
 MOST_UNITS = 5000
-"""Units that are resampled; more examples than this are dealt into as many groups first, which widens no interval."""
+"""Units that are resampled; more examples than this are dealt into as many groups first, which changes an interval
+little."""
 DRAWS_AT_ONCE = 4_000_000
 
 

@@ -130,9 +130,9 @@ def inputs(recipe: Recipe, out: Path) -> list[str]:
     section: EvaluateSection = recipe.section("evaluate")
     has_own_base = bool(section.model or _foreign_base(out))
     must = {"data": not (has_own_base or section.dataset), "pretrain": not has_own_base, "finetune": False}
-    may = [
-        stage for stage in must if artifact.read_manifest(out / stage) and not (section.model and stage == "pretrain")
-    ]
+    # Of a foreign model, finetune is read for its questions alone.
+    foreign = {"pretrain", *(["finetune"] if section.dataset else [])} if section.model else set()
+    may = [stage for stage in must if stage not in foreign and artifact.read_manifest(out / stage)]
     return [stage for stage in must if must[stage] or stage in may]
 
 
@@ -147,7 +147,8 @@ def source_digests(recipe: Recipe, workspace: Workspace) -> dict[str, str]:
     base = None if section.model else _foreign_base(workspace.out)
     for name, path in (("model", section.model), ("base", base), ("dataset", section.dataset)):
         if path:
-            found[name] = artifact.digest_json(_sizes_and_times(Path(path).expanduser()))
+            depth = ("*", "*/*") if name != "dataset" else ("**/*",)
+            found[name] = artifact.digest_json(_sizes_and_times(Path(path).expanduser(), depth))
     return found
 
 
@@ -157,9 +158,9 @@ def _foreign_base(out: Path) -> str | None:
     return manifest["section"].get("base") if manifest else None
 
 
-def _sizes_and_times(path: Path) -> list[Any]:
-    """A file, or the files of a folder and of those right in it: a graph for ONNX Runtime lies in one."""
-    files = [path] if path.is_file() else [*path.glob("*"), *path.glob("*/*")]
+def _sizes_and_times(path: Path, patterns: Sequence[str]) -> list[Any]:
+    """A file, or the files of a folder: for a model those right in it and one below, where an ONNX graph lies."""
+    files = [path] if path.is_file() else [each for pattern in patterns for each in path.glob(pattern)]
     stats = [(str(each.relative_to(path)), each.stat()) for each in sorted(files) if each.is_file()]
     return [(name, status.st_size, status.st_mtime_ns) for name, status in stats]
 
@@ -225,7 +226,7 @@ def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
     for stage in inputs(recipe, workspace.out):
         workspace.input(stage)  # names the one that is missing
     digests = source_digests(recipe, workspace)
-    finetune = artifact.read_manifest(workspace.out / "finetune")
+    finetune = artifact.read_manifest(workspace.out / "finetune") if "finetune" in digests else None
     models = _models(section, workspace, finetune)
     dataset = _read_dataset(section) if section.dataset is not None else None
     texts, num_bytes = _texts(section, workspace, dataset)
@@ -319,12 +320,14 @@ def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
                 {name: written[name] for name in models if name in written},
                 questions,
                 metrics=section.metrics,
-                most_frequent=finetune["metrics"]["most_frequent_answer"] if finetune else None,
+                most_frequent=None if dataset or not finetune else finetune["metrics"]["most_frequent_answer"],
                 seed=recipe.seed,
             )
         for who, each in compared.summaries.items():
             figures.setdefault(who, {})["answers"] = each
         counts = {"num_answers": len(compared.records), "num_prompts": num_prompts}
+        if len(questions) > len(compared.records):
+            counts["num_too_long"] = len(questions) - len(compared.records)
     comparisons = {"comparisons": compared.comparisons} if compared and compared.comparisons else {}
     with workspace.staging() as folder:
         artifact.write_json(folder / "metrics.json", figures | comparisons)
@@ -418,6 +421,16 @@ def _read_dataset(section: EvaluateSection) -> _Dataset:
         raise UsageError(f"evaluate.dataset is {section.dataset}, and there is no such file or folder here")
     held = [path] if path.is_file() else sorted(path.iterdir())
     tables = [each for each in held if each.is_file() and each.name.lower().endswith(conversations.EXTENSIONS)]
+    nested = next(
+        (each for each in sorted(path.rglob("*")) if each.name.lower().endswith(conversations.EXTENSIONS)), None
+    )
+    if not tables and nested is not None and path.is_dir():
+        columns = _columns(nested)
+        if section.text_column not in columns:
+            raise DataError(
+                f"evaluate.dataset: no table lies right in {path}, and {nested} has the columns "
+                f"{', '.join(columns) or '(none)'}; for questions and answers give the folder that holds their files"
+            )
     if not tables:
         return _Dataset("text files", _read_texts(path, section.text_column), [])
     columns = _columns(tables[0])
@@ -578,7 +591,8 @@ def _rows(
                 unchanged = f"{found['num_round_trips']:,} of {found['num_documents']:,}"
                 row(f"texts that come back unchanged from their tokens, {split}", name, unchanged)
     if counts:
-        rows.append(("questions answered", f"{counts['num_answers']:,} of {counts['num_prompts']:,}"))
+        left = f"; {counts['num_too_long']:,} left no room for an answer" if "num_too_long" in counts else ""
+        rows.append(("questions answered", f"{counts['num_answers']:,} of {counts['num_prompts']:,}{left}"))
     for metric in HEADLINES:
         for name, each in told.items():
             if metric in each.get("answers", {}):

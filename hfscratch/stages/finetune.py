@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 INPUTS = ()
 """What is read depends on the recipe; see `inputs`."""
-VERSION = 1
+VERSION = 2
 NUM_EVALUATIONS = 4
 MAX_EVAL_EXAMPLES = 128
 """Validation examples read at each validation."""

@@ -54,6 +54,7 @@ ONNX_FILES = (
     "generation_config.json",
     "tokenizer*",
     "special_tokens_map.json",
+    "chat_template.jinja",
 )
 
 
@@ -233,10 +234,17 @@ def _related(manifests: Mapping[str, dict[str, Any]], source: str) -> tuple[dict
             if name in manifests and name not in told and manifests[name]["digest"] == digest:
                 waiting.append(name)
     for stage in ("evaluate", "export"):
-        read = manifests.get(stage, {}).get("inputs", {})
-        if any(read.get(name) == told[name]["digest"] for name in ("pretrain", "finetune") if name in told) and all(
-            digest == told[name]["digest"] for name, digest in read.items() if name in told
+        manifest = manifests.get(stage, {"section": {}, "inputs": {}})
+        read = {name: digest for name, digest in manifest["inputs"].items() if name in manifests}
+        if manifest["section"].get("model") or not any(
+            name in told for name in read if name in ("pretrain", "finetune")
         ):
+            continue  # of some other model
+        if manifest["section"].get("dataset"):
+            read.pop("data", None)  # it has text or questions of its own
+        if read.get("pretrain") and "pretrain" not in told:
+            read.pop("pretrain")  # scored beside a finetuned foreign base
+        if all(name in told and digest == told[name]["digest"] for name, digest in read.items()):
             told[stage] = manifests[stage]
     untold = [stage for stage in TOLD if stage in manifests and stage not in told]
     if source == "pretrain":

@@ -144,6 +144,7 @@ def docstring_examples(
             {
                 "id": name,
                 "prompt": prompt,
+                "is_text": True,
                 "reference": pair.docstring,
                 "end": docstrings.QUOTES,
                 "name_as_words": pair.name_as_words,
@@ -231,7 +232,13 @@ def instruction_examples(
             "with anything of its answer; raise finetune.sequence_length, or take shorter ones"
         )
     test = [
-        {"id": example.question[:16], "prompt": prompt, "reference": example.answer, "end": ""}
+        {
+            "id": example.question[:16],
+            "prompt": prompt,
+            "is_text": not example.messages,  # else it went through the chat template, whose special tokens are meant
+            "reference": example.answer,
+            "end": "",
+        }
         for example in splits["test"]
         if len(text_ids(tokenizer, prompt := prompt_text(tokenizer, example))) + 2 <= sequence_length
     ]

@@ -112,8 +112,8 @@ def test_the_seed_chooses_where_there_are_too_many():
 def test_what_finetuning_held_out_is_read_as_it_was_written(tmp_path):
     path = tmp_path / "test.jsonl"
     records = [
-        {"id": "a", "prompt": "p\u2028q", "reference": "r", "end": '"""', "name_as_words": "get name"},
-        {"id": "b", "prompt": "<|user|>", "reference": "s", "end": ""},
+        {"id": "a", "prompt": "p\u2028q", "is_text": True, "reference": "r", "end": '"""', "name_as_words": "get name"},
+        {"id": "b", "prompt": "<|user|>", "is_text": False, "reference": "s", "end": ""},
     ]
     path.write_text("".join(json.dumps(each, ensure_ascii=False) + "\n" for each in records))
     assert read_questions(path) == [
@@ -125,7 +125,7 @@ def test_what_finetuning_held_out_is_read_as_it_was_written(tmp_path):
 @pytest.mark.parametrize("text", ['{"id": "a", "prompt": "b"}\n', "no JSON\n", "[1]\n"])
 def test_records_of_another_form_are_bad_data(tmp_path, text):
     (tmp_path / "test.jsonl").write_text(text)
-    with pytest.raises(DataError, match="holds no questions with `id`, `prompt`, `reference` and `end`"):
+    with pytest.raises(DataError, match="holds no questions with `id`, `prompt`, `is_text`, `reference` and `end`"):
         read_questions(tmp_path / "test.jsonl")
     with pytest.raises(DataError, match="holds no questions"):
         read_questions(tmp_path / "missing.jsonl")

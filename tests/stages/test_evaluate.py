@@ -461,6 +461,10 @@ def test_a_change_of_the_model_or_the_dataset_is_noticed(stock, tmp_path):
     (path / "deeper" / "1.txt").write_text("y = 3\n" * 30)
     result, after = evaluate_model(stock, dataset=str(path))
     assert not result.was_fresh and before != after
+    (path / "deeper" / "still" / "more").mkdir(parents=True)
+    (path / "deeper" / "still" / "more" / "2.txt").write_text("z = 4\n" * 30)
+    result, deepest = evaluate_model(stock, dataset=str(path))
+    assert not result.was_fresh and deepest != after
     later = (stock / "model.safetensors").stat().st_mtime + 5
     os.utime(stock / "model.safetensors", (later, later))
     assert not evaluate_model(stock, dataset=str(path))[0].was_fresh
@@ -594,3 +598,11 @@ def test_a_dataset_of_questions_takes_the_place_of_those_that_were_held_out(fine
     assert figures["finetune"].keys() == {"test", "answers"}
     assert [each["reference"] for each in read(tmp_path / "run", "answers.json")] == ["b", "b"]
     assert "name_as_words" not in figures
+
+
+def test_questions_below_the_folder_that_is_given_are_not_taken_for_text(stock, tmp_path):
+    path = tmp_path / "questions" / "data" / "train.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"prompt": "x", "completion": "y"}) + "\n")
+    with pytest.raises(DataError, match=r"no table lies right in .*questions, .* the columns prompt, completion"):
+        evaluate_model(stock, dataset=str(tmp_path / "questions"), metrics=["chrf"])

@@ -357,6 +357,40 @@ def test_figures_of_an_earlier_model_are_not_told_of_this_one(out, hub):
     assert "not told here: evaluate." in loaded.text
 
 
+def change_manifest(out, stage, **parts):
+    manifest = artifact.read_manifest(out / stage)
+    for name, values in parts.items():
+        manifest[name] |= values
+    artifact.write_json(out / stage / "manifest.json", manifest)
+
+
+@pytest.mark.parametrize("stage", ["evaluate", "export"])
+def test_figures_of_a_foreign_model_that_were_made_in_this_run_are_not_told_of_its_own(out, hub, stage):
+    change_manifest(out, stage, section={"model": "somewhere/else"})
+    run(out, "push.onnx=false")
+    text = ModelCard.load(out / "push/README.md").text
+    assert f"not told here: {stage}." in text
+    assert f"\n- {stage}: " not in text
+
+
+def test_figures_on_data_that_were_made_anew_since_are_not_told_as_held_out(out, hub):
+    manifest = artifact.read_manifest(out / "data") | {"digest": "1" * 64}
+    artifact.write_json(out / "data/manifest.json", manifest)
+    change_manifest(out, "evaluate", inputs={"data": "1" * 64})  # scored again, on what the model may have read
+    run(out, "push.onnx=false")
+    loaded = ModelCard.load(out / "push/README.md")
+    assert not loaded.data.eval_results
+    assert "evaluate" in loaded.text.split("not told here: ")[-1].splitlines()[0]
+
+
+def test_a_dry_run_after_a_push_leaves_the_saved_recipe_as_it_was(recipe_file, out, hub, tmp_path):
+    environment = hub.environment(tmp_path / "home")
+    for words in ([], ["push.dry_run=true", "push.commit_message=later"]):
+        assert cli("push", recipe_file, *words, env=environment).returncode == 0
+    saved = (out / "recipe.yaml").read_text()
+    assert "dry_run: false" in saved and "later" not in saved
+
+
 def test_without_a_model_the_command_that_makes_it_is_named(tmp_path):
     (tmp_path / "run").mkdir()
     with pytest.raises(UsageError, match="run `hfscratch pretrain RECIPE` first"):
