@@ -226,6 +226,7 @@ class Workspace:
         for proof in proofs:
             if not proof.holds:
                 raise ProofFailed(f"{self.stage}: the proof '{proof.claim}' failed: {proof.evidence}")
+        _open_to_others(folder)
         names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
         files = {
             name: {"size_bytes": (folder / name).stat().st_size, "sha256": digest_file(folder / name)} for name in names
@@ -284,6 +285,15 @@ def sync_tree(folder: Path) -> None:
         elif path.is_dir():
             _sync_folder(path)
     _sync_folder(folder)
+
+
+def _open_to_others(folder: Path) -> None:
+    """Gives every file the mode that the user's umask asks for; some libraries write through private files."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -11,6 +11,7 @@ import errno
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 import textwrap
@@ -184,7 +185,9 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         verb.set_defaults(command=_run, stage=stage, start=None)
 
     generate = verbs.add_parser("generate", help="continue a prompt with a model folder, or talk with it")
-    generate.add_argument("model", help="a model folder (ONNX too), a run folder, or a Hub id")
+    generate.add_argument(
+        "model", help="a model folder (ONNX too), a run folder (its pretrain, with --chat finetune/merged), or a Hub id"
+    )
     generate.add_argument("prompt", nargs="?", default="", help="the text to continue (default: none)")
     generate.add_argument(
         "--chat",
@@ -281,7 +284,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _print_summary(out: Path, recipe_name: str, seconds: float) -> None:
     """The table, the proofs, the samples and the next commands: what stands in the run folder, whoever made it."""
-    from hfscratch import pipeline, reporting
+    from hfscratch import pipeline, recipe, reporting
 
     manifests = pipeline.manifests(out)
     notes = reporting.outdated(manifests)
@@ -335,8 +338,18 @@ def _print_summary(out: Path, recipe_name: str, seconds: float) -> None:
             _print(textwrap.indent("\n".join(text.strip("\n").splitlines()[:12]), "  | ", lambda line: True))
     _print(f"\nthis run: {_time(seconds)}")
     if "pretrain" in manifests:
-        _print(f'try it:         hfscratch generate {out / "pretrain"} "def "')
-    _print("your own text:  hfscratch init my_docs/ && hfscratch run my_docs.yaml")
+        _print(f"try it:         hfscratch generate {out / 'pretrain'} {shlex.quote(_prompt(out, manifests))}")
+    if recipe_name in recipe.shipped_recipes():
+        _print("your own text:  hfscratch init my_docs/ && hfscratch run my_docs.yaml")
+
+
+def _prompt(out: Path, manifests: dict[str, Any]) -> str:
+    """A beginning that the model may know: of a function, or the first words of a text that it was sampled with."""
+    if "evaluate" not in manifests or "parses" in manifests["evaluate"]["metrics"].get("pretrain", {}):
+        return "def "
+    samples = json.loads((out / "evaluate" / "samples.json").read_text(encoding="utf-8"))
+    prompts = [" ".join(sample["prompt"].split()[:3]) for sample in samples]
+    return next((prompt for prompt in prompts if prompt), "Once upon a time")
 
 
 def _scores(scores: dict[str, Any]) -> list[tuple[str, str]]:

@@ -122,6 +122,8 @@ def load(
         _override(root, override)
 
     values = dict(_items(root, str(path), ""))
+    if model_for and is_model and "out" not in values:
+        raise UsageError(f"{path} is a model, and says nothing of where to write; add out=DIR")
     known = [*TOP_LEVEL, *sections]
     for key, (key_node, _) in values.items():
         if key not in known:

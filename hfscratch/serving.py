@@ -33,7 +33,7 @@ def load_model(folder_or_id: str | Path, *, trust_remote_code: bool = False) -> 
     """The model, ready to generate, and its tokenizer.
 
     Args:
-        folder_or_id: a model folder, a run folder (its `pretrain` is taken), or the name of a model on the Hub.
+        folder_or_id: a model folder, a run folder (its `pretrain` first), or the name of a model on the Hub.
         trust_remote_code: run the code that the folder brings along, if transformers does not know its model type.
 
     Raises: UsageError for a folder that is not a usable causal model; MachineError if the Hub cannot be reached or
@@ -268,8 +268,10 @@ def _locate(folder_or_id: str | Path) -> tuple[str, dict[str, Any]]:
     """Where to load from, and the options for it."""
     path = Path(folder_or_id)
     if path.is_dir():
-        if not (path / "config.json").is_file() and (path / "pretrain" / "config.json").is_file():
-            path = path / "pretrain"
+        if not (path / "config.json").is_file():
+            # A run folder, or the artifact of its export.
+            inside = (path / name for name in ("pretrain", "finetune/merged", "export/onnx", "onnx"))
+            path = next((folder for folder in inside if (folder / "config.json").is_file()), path)
         if (path / "adapter_config.json").is_file():
             raise UsageError(f"{path} holds an adapter, not a whole model; give the merged model (finetune/merged)")
         if not (path / "config.json").is_file():

@@ -247,3 +247,24 @@ def test_ctrl_c_in_any_stage_exits_130_and_publishes_nothing(stage, finished_run
     assert "hfscratch: interrupted" in errors
     assert not (tmp_path / "run" / stage).exists()
     assert not (staging / "staging").exists()
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "export"])
+def test_a_model_folder_in_place_of_a_recipe_needs_to_be_told_where_to_write(verb, finished_run, tmp_path):
+    model = finished_run / "run" / "pretrain"
+    refuse(cli(verb, model, cwd=tmp_path), 2, "out=DIR")
+    assert not list(tmp_path.iterdir())
+
+
+def test_any_model_folder_is_scored_and_exported_by_itself(finished_run, tmp_path):
+    model = finished_run / "run" / "pretrain"
+    (tmp_path / "text.txt").write_text("import os\n\n\ndef path():\n    return os.sep\n" * 20)
+    done = cli("evaluate", model, "evaluate.dataset=text.txt", "out=scored", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "bits per byte, dataset" in done.stdout
+    done = cli("export", model, "out=exported", "export.quantized=[q8]", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    words = ["import os", "--temperature", "0", "--max-new-tokens", "8"]
+    here, there = cli("generate", model, *words), cli("generate", tmp_path / "exported", *words)
+    assert here.returncode == there.returncode == 0, there.stderr
+    assert here.stdout == there.stdout

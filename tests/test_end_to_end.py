@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
 import torch
 
 from hfscratch import artifact, pipeline
-from tests.conftest import RUN_STAGES
+from tests.conftest import RUN_STAGES, cli
 
 OUTSIDER = """
 import json, sys
@@ -101,3 +102,29 @@ def test_the_report_needs_no_network_and_shows_the_figures(finished_run):
     figure = f"{scores['test']['bits_per_byte']:.3f}"
     assert figure in page
     assert figure in text
+
+
+def test_load_dataset_tells_the_data_of_two_runs_apart(finished_run, corpus, tmp_path):
+    """Both folders are called `data`, and datasets caches by that and by the card."""
+    from datasets import load_dataset
+
+    other = tmp_path / "other.yaml"
+    names = sorted(path.name for path in corpus.glob("*.py"))[:12]
+    (tmp_path / "part").mkdir()
+    for name in names:
+        shutil.copy(corpus / name, tmp_path / "part" / name)
+    other.write_text(f"out: {tmp_path / 'run'}\ndata: {{sources: [{{path: {tmp_path / 'part'}}}]}}\n")
+    assert cli("data", other).returncode == 0
+    for run in (finished_run / "run", tmp_path / "run"):
+        opened = load_dataset(str(run / "data"), cache_dir=str(tmp_path / "cache"))
+        counts = pipeline.manifests(run)["data"]["metrics"]["documents"]
+        assert {split: len(rows) for split, rows in opened.items()} == counts
+
+
+def test_every_file_of_an_artifact_can_be_read_by_whom_the_umask_allows(finished_run):
+    umask = os.umask(0)
+    os.umask(umask)
+    for stage in RUN_STAGES:
+        for path in (finished_run / "run" / stage).rglob("*"):
+            if path.is_file() and path.name != artifact.MANIFEST:
+                assert path.stat().st_mode & 0o777 == 0o666 & ~umask, path

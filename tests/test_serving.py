@@ -338,6 +338,12 @@ def test_leaving_a_stream_stops_the_generation(tokenizer):
     assert len(tokens) < 2000
 
 
+def test_a_run_folder_without_pretraining_stands_for_the_finetuned_model(tmp_path, model, tokenizer):
+    save(tmp_path / "run" / "finetune" / "merged", model, tokenizer)
+    loaded, _ = load_model(str(tmp_path / "run"))
+    assert loaded.num_parameters() == model.num_parameters()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Conversations
 

@@ -28,13 +28,19 @@ def make_card(
     fates: Fates,
     written: Written,
     *,
+    digest: str,
     fractions: Mapping[str, float],
     drop_duplicates: bool,
     chunk_chars: int | None,
     min_chars: int,
     max_chars: int | None,
 ) -> str:
-    """The card's text, metadata first. It names files by their source, so it holds no path of this machine."""
+    """The card's text, metadata first. It names files by their source, so it holds no path of this machine.
+
+    Args:
+        digest: of the documents. `load_dataset` caches by this metadata and the folder's last name, which is `data` in
+            every run: without it, the second run opened on a machine would be given the documents of the first.
+    """
     total = sum(written.documents.values())
     metadata = {
         "configs": [
@@ -43,6 +49,7 @@ def make_card(
                 "data_files": [{"split": split, "path": f"data/{split}-*.parquet"} for split in written.documents],
             }
         ],
+        "dataset_info": {"config_name": "default", "description": f"documents of sha256 {digest}"},
         "size_categories": [size_category(total)],
         "task_categories": ["text-generation"],
         "tags": ["hfscratch"],

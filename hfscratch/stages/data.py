@@ -18,7 +18,7 @@ from hfscratch.errors import UsageError
 from hfscratch.recipe import Recipe, to_dict
 
 INPUTS = ()
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +195,7 @@ def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
                 sources,
                 fates,
                 written,
+                digest=artifact.digest_json([artifact.digest_file(path) for path in sorted(output.glob("data/*"))]),
                 fractions={"validation": section.validation_fraction, "test": section.test_fraction},
                 drop_duplicates=section.dedup.exact,
                 chunk_chars=section.chunk_chars,
