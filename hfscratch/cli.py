@@ -451,7 +451,7 @@ def _converse(
     if is_terminal:
         _print("one line is one turn; Ctrl-D ends")
     told = len(messages)
-    context = serving.context_of(model)
+    context = serving.context_of(model.config)
     while True:
         if is_terminal:
             _print("> ", end="")

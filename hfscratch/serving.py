@@ -141,7 +141,7 @@ def stream(
     if not 0 < top_p <= 1:
         raise UsageError(f"top_p is {top_p}; it must be above 0 and at most 1")
     ids = prompt_ids(tokenizer, prompt) if isinstance(prompt, str) else chat_ids(tokenizer, prompt)
-    context = context_of(model)
+    context = context_of(model.config)
     if context is not None and len(ids) >= context:
         raise UsageError(f"the prompt has {len(ids)} tokens, and the model reads {context} at most; shorten the prompt")
     if context is not None and len(ids) + max_new_tokens > context:
@@ -204,9 +204,9 @@ def chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]
     return ids
 
 
-def context_of(model: Any) -> int | None:
-    """The most tokens that the model reads at once, or None if it sets no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def context_of(config: Any) -> int | None:
+    """The most tokens that a model of this configuration reads at once, or None if it sets no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def _stream(model: Any, tokenizer: Any, ids: list[int], seed: int | None, settings: dict[str, Any]) -> Iterator[str]:

@@ -116,7 +116,7 @@ def make_card(
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"count": _count, "size": _size, "duration": _duration, "cell": _cell, "share": _share}
+    environment.filters |= {"count": _count, "size": size, "duration": _duration, "cell": _cell, "share": _share}
     text = environment.get_template("card.md.j2").render(
         metadata=data.to_yaml(),
         name=name,
@@ -227,7 +227,7 @@ def _shape(config: Mapping[str, Any]) -> str:
 
 
 def _onnx_line(file: str, num_bytes: int, export: Mapping[str, Any]) -> str:
-    line = f"`{file}`, {_size(num_bytes)}"
+    line = f"`{file}`, {size(num_bytes)}"
     for kind, figures in export.get("metrics", {}).get("onnx", {}).items():
         if figures.get("file") == file:
             line += f": {kind}"
@@ -336,7 +336,8 @@ def _count(number: float) -> str:
     return f"{number:,.0f}"
 
 
-def _size(num_bytes: float) -> str:
+def size(num_bytes: float) -> str:
+    """Bytes, in powers of ten, to one decimal."""
     for limit, unit in ((1e6, "MB"), (1e3, "kB")):
         if num_bytes >= limit:
             return f"{num_bytes / limit:,.1f} {unit}"

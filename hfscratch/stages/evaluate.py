@@ -199,6 +199,7 @@ def check(recipe: Recipe) -> None:
         )
     if "pretrain" not in recipe.sections or section.model is not None:
         return
+    from hfscratch import serving
     from hfscratch.planning.shape import build_config
 
     model, tokenizer = recipe.sections.get("model"), recipe.sections.get("tokenizer")
@@ -211,7 +212,7 @@ def check(recipe: Recipe) -> None:
         sequence_length=recipe.section("pretrain").sequence_length,
     )
     # The tokenizer does not exist yet, but whatever it will be, a word is a token at least.
-    _check_lengths(section, _context(config), len((section.prompt or "").split()))
+    _check_lengths(section, serving.context_of(config), len((section.prompt or "").split()))
 
 
 def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
@@ -254,7 +255,7 @@ def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
         label = "" if len(models) == 1 else f"{name} "
         model, tokenizer = serving.load_model(models[name])
         _check_tokenizer(models[name], model, tokenizer)
-        context = _context(model.config)
+        context = serving.context_of(model.config)
         prompt = likelihood.encode(tokenizer, [section.prompt])[0] if section.prompt is not None else None
         _check_lengths(section, context, len(prompt or []))
         if set(OVERLAPS) & set(section.metrics) and not questions:
@@ -421,11 +422,10 @@ def _read_dataset(section: EvaluateSection) -> _Dataset:
         raise UsageError(f"evaluate.dataset is {section.dataset}, and there is no such file or folder here")
     held = [path] if path.is_file() else sorted(path.iterdir())
     tables = [each for each in held if each.is_file() and each.name.lower().endswith(conversations.EXTENSIONS)]
-    nested = next(
-        (each for each in sorted(path.rglob("*")) if each.name.lower().endswith(conversations.EXTENSIONS)), None
-    )
-    if not tables and nested is not None and path.is_dir():
-        columns = _columns(nested)
+    if not tables and path.is_dir():
+        found = (each for each in sorted(path.rglob("*")) if each.name.lower().endswith(conversations.EXTENSIONS))
+        nested = next(found, None)
+        columns = _columns(nested) if nested is not None else [section.text_column]
         if section.text_column not in columns:
             raise DataError(
                 f"evaluate.dataset: no table lies right in {path}, and {nested} has the columns "
@@ -522,11 +522,6 @@ def _kept_free(finetune: dict[str, Any] | None) -> int:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is checked
-
-
-def _context(config: Any) -> int | None:
-    """The most tokens a model reads at once, or None if it sets no limit."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def _check_tokenizer(folder: Path, model: Any, tokenizer: Any) -> None:

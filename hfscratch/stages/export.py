@@ -264,11 +264,12 @@ def _test_texts(workspace: Workspace, limit: int) -> list[str]:
 
 def _probes(model: Any, tokenizer: Any, texts: Sequence[str], *, seed: int) -> _Probes:
     """Prompts that begin like test documents, or else like texts that the model writes."""
+    from hfscratch import serving
     from hfscratch.evaluation.likelihood import begin_token_id, encode
     from hfscratch.evaluation.sampling import sample
 
     begin = begin_token_id(tokenizer)
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or PROMPT_TOKENS[1] * 8
+    context = serving.context_of(model.config) or PROMPT_TOKENS[1] * 8
     shortest, longest = PROMPT_TOKENS[0], max(PROMPT_TOKENS[0], min(PROMPT_TOKENS[1], context // 2))
     rows = [row for row in encode(tokenizer, list(texts)) if len(row) >= longest]
     if not rows:

@@ -539,7 +539,9 @@ def _documents(data: Path, split: str) -> Iterator[tuple[str, str]]:
 
 
 def _sequence_length(section: FinetuneSection, config: Any) -> int:
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    from hfscratch import serving
+
+    context = serving.context_of(config)
     if section.sequence_length is None:
         return min(context or LONGEST_DEFAULT_SEQUENCE, LONGEST_DEFAULT_SEQUENCE)
     if context is not None and section.sequence_length > context:
@@ -683,9 +685,9 @@ def _logits(model: Any, input_ids: Any) -> Any:
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path, config: Any) -> None:
-    from hfscratch import tokens
+    from hfscratch import serving, tokens
 
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    context = serving.context_of(config)
     if context is not None:
         tokenizer.model_max_length = context
     tokens.save_tokenizer(tokenizer, folder)

@@ -242,8 +242,8 @@ def _related(manifests: Mapping[str, dict[str, Any]], source: str) -> tuple[dict
             continue  # of some other model
         if manifest["section"].get("dataset"):
             read.pop("data", None)  # it has text or questions of its own
-        if read.get("pretrain") and "pretrain" not in told:
-            read.pop("pretrain")  # scored beside a finetuned foreign base
+        if "pretrain" not in told:
+            read.pop("pretrain", None)  # scored beside a finetuned foreign base
         if all(name in told and digest == told[name]["digest"] for name, digest in read.items()):
             told[stage] = manifests[stage]
     untold = [stage for stage in TOLD if stage in manifests and stage not in told]
@@ -325,22 +325,22 @@ def _chat_template(folder: Path) -> bool:
 
 
 def _listing(files: Sequence[Any]) -> list[tuple[str, str]]:
-    rows = [(file.name, _size(file.size_bytes)) for file in files]
-    return [*rows, (f"{len(files)} files", _size(sum(file.size_bytes for file in files)))]
+    from hfscratch.hub import card
 
-
-def _size(num_bytes: int) -> str:
-    for limit, unit in ((1e6, "MB"), (1e3, "kB")):
-        if num_bytes >= limit:
-            return f"{num_bytes / limit:,.1f} {unit}"
-    return f"{num_bytes:,} bytes"
+    rows = [(file.name, card.size(file.size_bytes)) for file in files]
+    return [*rows, (f"{len(files)} files", card.size(sum(file.size_bytes for file in files)))]
 
 
 def _rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    from hfscratch.hub import card
+
     rows = [
         ("stands at", f"{metrics['url']} ({'private' if metrics['private'] else 'public'})"),
         ("commit", metrics["commit"]),
-        ("files", f"{metrics['num_files']} of {_size(metrics['size_bytes'])}, {len(metrics['unchanged'])} were there"),
+        (
+            "files",
+            f"{metrics['num_files']} of {card.size(metrics['size_bytes'])}, {len(metrics['unchanged'])} were there",
+        ),
     ]
     for name in ("replaced", "deleted", "kept"):
         if metrics[name]:
