@@ -1,6 +1,7 @@
 # make quickstart   a virtualenv, the install, and a small model of Python code from nothing
 # make test         the tests that take minutes   (make test-all: the slow ones too)
 # make check        lint, format, types
+# make common       transformers' own tests of models, on ours
 # make compat       the tests that need a second environment, with transformers 4.57, Optimum, and transformers.js
 
 PYTHON ?= python3
@@ -12,19 +13,29 @@ NODE := tests/compat/node
 TORCH_INDEX ?=
 TORCH := torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-.PHONY: quickstart test test-all check compat clean
+COMPAT_TESTS := HF_HUB_OFFLINE=1 HFSCRATCH_COMPAT_PYTHON=$(COMPAT)/bin/python $(BIN)/python -m pytest -m compat tests/compat
+
+.PHONY: quickstart test test-all check compat common clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/hfscratch run pycode-tiny
 
 test: $(VENV)/.installed-test
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow and not compat"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow and not compat and not common"
 
 test-all: $(VENV)/.installed-test $(COMPAT)/.installed $(NODE)/node_modules/.installed
-	HF_HUB_OFFLINE=1 HFSCRATCH_COMPAT_PYTHON=$(COMPAT)/bin/python $(BIN)/python -m pytest
+	@mkdir -p build
+	@echo "beside the others, into build/compat.log: $(COMPAT_TESTS)"
+	@$(COMPAT_TESTS) > build/compat.log 2>&1 & compat=$$!; trap "kill $$compat" INT TERM; \
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not compat"; others=$$?; \
+	wait $$compat; compat=$$?; cat build/compat.log; exit $$((others || compat))
 
 compat: $(VENV)/.installed-test $(COMPAT)/.installed $(NODE)/node_modules/.installed
-	HF_HUB_OFFLINE=1 HFSCRATCH_COMPAT_PYTHON=$(COMPAT)/bin/python $(BIN)/python -m pytest -m compat tests/compat
+	$(COMPAT_TESTS)
+
+common: $(VENV)/.installed-test
+	folder=$$($(BIN)/python tests/common/fetch.py build/transformers-tests) && \
+	HF_HUB_OFFLINE=1 HFSCRATCH_TRANSFORMERS_TESTS=$$folder $(BIN)/python -m pytest -m common tests/common
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -39,7 +50,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[finetune,export,deepspeed,test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[web,sentencepiece,finetune,export,deepspeed,watch,test]'
 	touch $@
 
 $(COMPAT)/.installed: constraints-optimum.txt

@@ -25,14 +25,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import machine
+
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB_SIZE = 4096
 HEAD_DIM = 64
 PROMPT = list(range(3, 19))
 PAD = 2
-MOST_LOAD = 0.15
-"""Of one core, by all other processes together."""
-LOAD_SECONDS = 3.0
 FP32, Q8, Q4 = "model.onnx", "model_quantized.onnx", "model_q4.onnx"
 CONTENDERS = {
     "torch": ("torch", "main"),
@@ -232,34 +231,6 @@ class Worker:
         return line
 
 
-def require_idle() -> None:
-    """Raises: SystemExit if other processes keep the machine busy."""
-    import psutil
-
-    before = {process: _cpu_seconds(process) for process in psutil.process_iter()}
-    time.sleep(LOAD_SECONDS)
-    busy = {process: _cpu_seconds(process) - before.get(process, 0.0) for process in psutil.process_iter()}
-    busy.pop(psutil.Process(), None)
-    load = sum(max(seconds, 0.0) for seconds in busy.values()) / LOAD_SECONDS
-    if load > MOST_LOAD:
-        busiest = max(busy, key=lambda process: busy[process])
-        with_name = f", most of it by process {busiest.pid}" if busiest.is_running() else ""
-        raise SystemExit(
-            f"the machine is busy: other processes use {load:.0%} of a core{with_name}; wait, or measure nonetheless "
-            "with --loaded"
-        )
-
-
-def _cpu_seconds(process: object) -> float:
-    import psutil
-
-    try:
-        times = process.cpu_times()
-    except psutil.Error:
-        return 0.0
-    return times.user + times.system
-
-
 def measure(
     hidden_size: int, pythons: dict[str, Path], *, threads: int, num_tokens: int, rounds: int
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
@@ -311,7 +282,7 @@ def main() -> None:
         return
     os.environ["HF_HUB_OFFLINE"] = "1"
     if not arguments.loaded:
-        require_idle()
+        machine.require_idle()
     pythons = {"main": Path(sys.executable), "compat": arguments.compat, "llama": arguments.llama}
     for environment, python in list(pythons.items()):
         if not python.exists():
@@ -335,8 +306,8 @@ def main() -> None:
         print()
         for one, other in RATIOS:
             if one in speeds and other in speeds:
-                ratio = statistics.median(a / b for a, b in zip(speeds[one], speeds[other], strict=True))
-                print(f"{one} / {other}: {ratio:.2f}")
+                ratio, low, high = machine.compare(speeds[one], speeds[other])
+                print(f"{one} / {other}: {ratio:.2f} ({low:.2f} to {high:.2f})")
 
 
 if __name__ == "__main__":

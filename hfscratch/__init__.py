@@ -36,6 +36,20 @@ def _size_cache(modeling_decoder: Any) -> None:
     size_cache(modeling_decoder)
 
 
+@wrapt.when_imported("peft.utils.constants")
+def _target_adapters(constants: Any) -> None:
+    """Tells PEFT which layers to adapt where its config names none, as it does not know our `model_type`."""
+    # Every projection of a layer, not PEFT's pair of q and v for Llama: adapters must be on all of them to reach full
+    # finetuning (Dettmers et al. 2023, "QLoRA", section 4). A plain MLP has no gate_proj, and PEFT passes over it.
+    projections = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+    for name, mapping in vars(constants).items():
+        # Methods that adapt linear layers; others want norms with weights or biases, and we have neither.
+        if name.endswith("_TARGET_MODULES_MAPPING") and "q_proj" in mapping.get("llama", ()):
+            mapping["scratch"] = list(projections)
+    constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING["scratch"] = ["k_proj", "v_proj", "down_proj"]
+    constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING["scratch"] = ["down_proj"]
+
+
 def __getattr__(name: str) -> Any:
     if name in __all__:
         import hfscratch.model

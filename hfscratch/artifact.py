@@ -35,6 +35,7 @@ RECORDED_PACKAGES = (
     "accelerate",
     "datasets",
     "tokenizers",
+    "sentencepiece",
     "datatrove",
     "evaluate",
     "rouge-score",
@@ -43,6 +44,7 @@ RECORDED_PACKAGES = (
     "deepspeed",
     "trl",
     "peft",
+    "scikit-learn",
     "onnx",
     "onnxscript",
     "onnxruntime",
@@ -69,9 +71,18 @@ def digest_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def freshness_key(*, stage: str, version: int, fields: Any, seed: int, inputs: Mapping[str, str]) -> str:
+def digest_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """`{name: {size_bytes, sha256}}` of every file below a folder, as manifests list them."""
+    paths = sorted((path for path in folder.rglob("*") if path.is_file()), key=str)
+    return {
+        str(path.relative_to(folder)): {"size_bytes": path.stat().st_size, "sha256": digest_file(path)}
+        for path in paths
+    }
+
+
+def freshness_key(made_from: Mapping[str, Any]) -> str:
     """What an artifact is made from, as one digest: equal keys mean that making it again would change nothing."""
-    return digest_json({"stage": stage, "version": version, "fields": fields, "seed": seed, "inputs": dict(inputs)})
+    return digest_json(made_from)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -86,6 +97,14 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not isinstance(manifest, dict) or not {"stage", "key", "files", "digest"} <= manifest.keys():
         raise UsageError(f"{path} is not a manifest of hfscratch; move {folder} away or choose another `out`")
     return manifest
+
+
+def is_artifact(folder: Path, stage: str) -> bool:
+    """Whether `folder` is what a stage made. What is damaged or has another program's manifest is not."""
+    with contextlib.suppress(UsageError):
+        manifest = read_manifest(folder)
+        return manifest is not None and manifest["stage"] == stage
+    return False
 
 
 def is_complete(folder: Path, manifest: Mapping[str, Any]) -> bool:
@@ -163,12 +182,14 @@ class Workspace:
         out: the run folder.
         stage: the stage's name.
         key: the stage's freshness key, written to the manifest.
+        made_from: what the key is the digest of, as plain values.
         is_stale: whether there is something to do; only a stage that runs on several processes is called without.
     """
 
     out: Path
     stage: str
     key: str = ""
+    made_from: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     is_stale: bool = True
 
     @property
@@ -189,6 +210,17 @@ class Workspace:
             raise UsageError(f"{folder} does not exist yet; run `hfscratch {stage} RECIPE` first")
         if not is_complete(folder, manifest):
             raise UsageError(f"{folder} lacks files that its manifest lists; run `hfscratch {stage} RECIPE --force`")
+        return folder
+
+    def unfinished(self, name: str, key: str) -> Path:
+        """A folder for what is made before the artifact: what an interrupted run finished of the very same, as `key`
+        says, stands there already; what it finished of something else is deleted."""
+        folder = self.work / name / key[:16]
+        if folder.parent.is_dir():
+            for other in folder.parent.iterdir():
+                if other != folder:
+                    shutil.rmtree(other, ignore_errors=True)
+        make_folder(folder)
         return folder
 
     @contextlib.contextmanager
@@ -227,10 +259,7 @@ class Workspace:
             if not proof.holds:
                 raise ProofFailed(f"{self.stage}: the proof '{proof.claim}' failed: {proof.evidence}")
         _open_to_others(folder)
-        names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-        files = {
-            name: {"size_bytes": (folder / name).stat().st_size, "sha256": digest_file(folder / name)} for name in names
-        }
+        files = digest_files(folder)
         manifest = {
             "stage": self.stage,
             "key": self.key,
@@ -276,9 +305,13 @@ def write_text(path: Path, text: str) -> None:
     aside.replace(path)
 
 
-def sync_tree(folder: Path) -> None:
-    """Asks the system to put every file below `folder`, and the folders themselves, on the disk."""
-    for path in folder.rglob("*"):
+def sync_tree(folder: Path, *, is_shallow: bool = False) -> None:
+    """Asks the system to put every file below `folder`, and the folders themselves, on the disk.
+
+    Args:
+        is_shallow: only what the folder itself says, such as a new name in it.
+    """
+    for path in () if is_shallow else folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())

@@ -15,14 +15,17 @@ import shlex
 import signal
 import sys
 import textwrap
+import threading
 import time
 import typing
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from hfscratch import __version__
-from hfscratch.errors import DataError, HfscratchError, MachineError, Terminated, UsageError
+from hfscratch.errors import STOP_SIGNALS, DataError, HfscratchError, MachineError, Terminated, UsageError
+from hfscratch.training import processes
 
 DESCRIPTION = "From raw text to a language model of your own that every Hugging Face tool can load."
 EPILOG = """\
@@ -39,15 +42,15 @@ exit codes: 0 done · 2 bad usage, recipe, path or model · 3 bad data · 4 a pr
 STAGE_HELP = {
     "data": "read, normalise, deduplicate and split raw text",
     "tokenizer": "train a tokenizer and turn the text into token ids",
-    "pretrain": "train a model from random weights",
+    "pretrain": "train a model from random weights, or go on from a checkpoint's",
     "finetune": "teach the model a task: docstrings for functions, or instructions (needs the extra 'finetune')",
     "evaluate": "score the model on text it never saw",
-    "export": "write the model for other runtimes: ONNX (needs the extra 'export')",
+    "export": "write the model for other runtimes: ONNX (needs the extra 'export'); or a checkpoint as a plain folder",
     "push": "publish the model on the Hub, privately unless told otherwise; `run` never does",
 }
 
-TAKE_A_MODEL = ("evaluate", "export")
-"""Verbs that take any model folder in place of a recipe."""
+TAKE_A_MODEL = {"evaluate": "any model folder", "export": "any model folder or training checkpoint"}
+"""What verbs take in place of a recipe."""
 
 DISK_FULL = ("No space left on device", "os error 28", "File too large", "os error 27")
 """How libraries that raise exceptions of their own (safetensors, tokenizers, pyarrow) say it."""
@@ -56,7 +59,10 @@ DISK_FULL = ("No space left on device", "os error 28", "File too large", "os err
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    signal.signal(signal.SIGTERM, _terminate)
+    for each in STOP_SIGNALS:
+        signal.signal(each, _terminate)
+    if "ACCELERATE_USE_CPU" in os.environ and "RANK" not in os.environ:  # its launcher of one process sets it
+        processes.stop_with_launcher()
     try:
         arguments = _parse(argv)
         _prepare()
@@ -77,6 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _fail(message: str, exit_code: int) -> int:
     """Says what is wrong; under a launcher, what all processes would say is said by the first."""
+    if exit_code == Terminated.exit_code:  # launchers and schedulers say it twice, and the second comes while it ends
+        for each in STOP_SIGNALS:
+            signal.signal(each, signal.SIG_IGN)
     rank = int(os.environ.get("RANK", 0))
     if rank == 0 or exit_code not in (UsageError.exit_code, DataError.exit_code):
         print(f"hfscratch: {message}" + (f" (process {rank})" if rank else ""), file=sys.stderr)
@@ -92,7 +101,16 @@ def _print(text: str = "", end: str = "\n") -> None:
 
 
 def _terminate(signum: int, frame: Any) -> None:
-    raise Terminated("stopped by SIGTERM; the same command goes on from the last finished stage or checkpoint")
+    at = frame
+    while at is not None:
+        if at.f_code.co_name == "__del__":  # Python drops what is raised there: once more, a moment later
+            again = threading.Timer(0.01, os.kill, (os.getpid(), signum))
+            again.daemon = True
+            again.start()
+            return
+        at = at.f_back
+    name = signal.Signals(signum).name
+    raise Terminated(f"stopped by {name}; the same command goes on from the last finished stage or checkpoint")
 
 
 def _machine_error(error: Exception) -> MachineError | None:
@@ -108,6 +126,8 @@ def _machine_error(error: Exception) -> MachineError | None:
         return MachineError("the disk is full; what was being written has been dropped, what was finished stands")
     if "PytorchStreamWriter failed" in text or ("inline_container" in text and "write" in text):
         return MachineError("a file could not be written, most likely because the disk is full")
+    if processes.is_lost(error):
+        return MachineError("another process of this run has ended; what it said tells why")
     if code in (errno.EACCES, errno.EPERM, errno.EROFS):
         name = error.filename if isinstance(error, OSError) else None
         return MachineError(f"no permission to use {name or 'a file'} ({os.strerror(code)})")
@@ -124,6 +144,10 @@ def _prepare() -> None:
     # machine, training was measured 15 times slower (docs/log.md). A short spin costs nothing on an idle one.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # DeepSpeed still calls what torch has renamed; a warning a step and a process would bury what is to be read.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\..*is deprecated", FutureWarning)
+    # On a machine without a GPU it is right that DeepSpeed takes the processor.
+    logging.getLogger("DeepSpeed").addFilter(lambda said: "Setting accelerator to CPU" not in said.getMessage())
     log = logging.getLogger("hfscratch")
     log.setLevel(logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.ERROR)
     if not log.handlers:
@@ -181,8 +205,16 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             **about,
         )
-        _add_recipe(verb, or_model=stage in TAKE_A_MODEL)
+        _add_recipe(verb, or_model=TAKE_A_MODEL.get(stage))
         verb.set_defaults(command=_run, stage=stage, start=None)
+        if stage == "data":
+            verb.add_argument(
+                "--explain",
+                metavar="ID_OR_TEXT",
+                help="tell what became of a document, named by its id, by the end of it, by its text or by a file that "
+                "holds that, and do nothing else",
+            )
+            verb.set_defaults(command=_data)
 
     generate = verbs.add_parser("generate", help="continue a prompt with a model folder, or talk with it")
     generate.add_argument(
@@ -204,9 +236,9 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
-def _add_recipe(verb: argparse.ArgumentParser, *, or_model: bool = False) -> None:
+def _add_recipe(verb: argparse.ArgumentParser, *, or_model: str | None = None) -> None:
     about = "a YAML file, or the name of a recipe that comes with hfscratch"
-    verb.add_argument("recipe", help=about + ("; or any model folder (then give out=DIR too)" if or_model else ""))
+    verb.add_argument("recipe", help=about + (f"; or {or_model} (then give out=DIR too)" if or_model else ""))
     verb.add_argument("overrides", nargs="*", metavar="key=value", help="values that replace or add to the recipe's")
     verb.add_argument("--force", action="store_true", help="run again even if nothing has changed")
 
@@ -214,7 +246,7 @@ def _add_recipe(verb: argparse.ArgumentParser, *, or_model: bool = False) -> Non
 def _stage_help(stage: str) -> dict[str, str]:
     """The stage's docstring and every key of its sections, with default and meaning."""
     from hfscratch import pipeline
-    from hfscratch.recipe import field_docs
+    from hfscratch.recipe import field_docs, key_of
 
     module = pipeline.stage_module(stage)
     lines: list[str] = []
@@ -230,20 +262,21 @@ def _stage_help(stage: str) -> dict[str, str]:
                 )
                 lines.append(f"  {prefix}.…: any other field of {owner}")
                 continue
-            nested: list[Any] = [
-                kind
-                for kind in (hints[each.name], *typing.get_args(hints[each.name]))
-                if dataclasses.is_dataclass(kind)
-            ]
+            hint = hints[each.name]
+            nested: list[tuple[Any, str]] = []
+            for kind in (hint, *typing.get_args(hint)):
+                if dataclasses.is_dataclass(kind):
+                    nested.append((kind, "[]" if typing.get_origin(hint) is list else ""))
+                elif typing.get_origin(kind) is dict and dataclasses.is_dataclass(typing.get_args(kind)[1]):
+                    nested.append((typing.get_args(kind)[1], ".NAME"))
             default = (
                 f" (default: {json.dumps(each.default)})" if isinstance(each.default, str | int | float | None) else ""
             )
             about = f"{docs.get(each.name, '')}{default}"
-            head = f"  {prefix}.{each.name}: "
+            head = f"  {prefix}.{key_of(each)}: "
             lines.extend(textwrap.wrap(about, 110, initial_indent=head, subsequent_indent="      ") or [head])
-            for kind in nested:
-                is_list = hints[each.name] is not kind
-                describe(kind, f"{prefix}.{each.name}{'[]' if is_list else ''}")
+            for kind, suffix in nested:
+                describe(kind, f"{prefix}.{each.name}{suffix}")
 
     for name, cls in module.SECTIONS.items():
         describe(cls, name)
@@ -282,6 +315,23 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _data(arguments: argparse.Namespace) -> int:
+    if arguments.explain is None:
+        return _run(arguments)
+    from hfscratch import artifact, pipeline, recipe
+    from hfscratch.data import ledger
+    from hfscratch.stages import data
+
+    loaded = recipe.load(arguments.recipe, pipeline.sections(), arguments.overrides)
+    folder = loaded.out / "data"
+    manifest = artifact.read_manifest(folder)
+    if manifest is None:
+        raise UsageError(f"there is no {folder} yet; make it with: hfscratch data {arguments.recipe}")
+    for line in ledger.explain(folder, arguments.explain, data.normalisation(manifest["section"]["normalise"])):
+        _print(line)
+    return 0
+
+
 def _print_summary(out: Path, recipe_name: str, seconds: float) -> None:
     """The table, the proofs, the samples and the next commands: what stands in the run folder, whoever made it."""
     from hfscratch import pipeline, recipe, reporting
@@ -317,7 +367,10 @@ def _print_summary(out: Path, recipe_name: str, seconds: float) -> None:
         about = f"{metrics['task']} by {metrics['method']}, {used:,} examples, {metrics['steps']:,} steps"
         rows.append(("finetuned", f"{about}, {_time(metrics['train_seconds'])}"))
     if "export" in manifests:
-        for kind, figures in manifests["export"]["metrics"]["onnx"].items():
+        metrics = manifests["export"]["metrics"]
+        if "hf" in metrics:
+            rows.append(("plain folder", f"{metrics['hf']['size_bytes'] / 1e6:.1f} MB, {metrics['hf']['dtype']}"))
+        for kind, figures in metrics.get("onnx", {}).items():
             if kind != "torch":
                 lost = f", {figures['lost']:+.3%} bits per byte" if "lost" in figures else ""
                 speed = f", {figures['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in figures else ""
@@ -337,7 +390,12 @@ def _print_summary(out: Path, recipe_name: str, seconds: float) -> None:
             text = sample["prompt"] + sample["text"] if "prompt" in sample else sample["text"]
             _print(textwrap.indent("\n".join(text.strip("\n").splitlines()[:12]), "  | ", lambda line: True))
     _print(f"\nthis run: {_time(seconds)}")
-    if "pretrain" in manifests:
+    if "finetune" in manifests and manifests["finetune"]["metrics"].get("labels"):
+        merged = out / "finetune" / "merged"
+        _print(f'try it:         transformers.pipeline("text-classification", "{merged}"), after `import hfscratch`')
+    elif "pretrain" in manifests and manifests["pretrain"]["metrics"].get("objective") == "mlm":
+        _print(f'try it:         transformers.pipeline("fill-mask", "{out / "pretrain"}"), after `import hfscratch`')
+    elif "pretrain" in manifests:
         _print(f"try it:         hfscratch generate {out / 'pretrain'} {shlex.quote(_prompt(out, manifests))}")
     if recipe_name in recipe.shipped_recipes():
         _print("your own text:  hfscratch init my_docs/ && hfscratch run my_docs.yaml")
@@ -354,10 +412,12 @@ def _prompt(out: Path, manifests: dict[str, Any]) -> str:
 
 def _scores(scores: dict[str, Any]) -> list[tuple[str, str]]:
     """The rows of evaluate's metrics.json: splits first, then answers, the models side by side."""
+    from hfscratch.stages.evaluate import LABELS, READINGS
+
     rows = []
     models = {model: each for model, each in scores.items() if isinstance(each, dict)}
     for split in ("validation", "test", "dataset"):
-        for name, unit in (("bits_per_byte", "bits per byte"), ("perplexity", "perplexity")):
+        for name, unit in READINGS.items():
             found = [
                 f"{each[split][name]:.3f} ({model})" for model, each in models.items() if name in each.get(split, {})
             ]
@@ -372,7 +432,7 @@ def _scores(scores: dict[str, Any]) -> list[tuple[str, str]]:
     answers = {model: each["answers"] for model, each in models.items() if "answers" in each}
     for name in next(iter(answers.values()), {}):
         found = [f"{each[name]['value']:.3f} ({model.replace('_', ' ')})" for model, each in answers.items()]
-        rows.append((f"answers, {name}", ", ".join(found)))
+        rows.append((f"{'labels' if name in LABELS else 'answers'}, {name}", ", ".join(found)))
     return rows
 
 

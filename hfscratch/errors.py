@@ -5,6 +5,11 @@ A message is one sentence: what is wrong, the value that was got, what to do. An
 traceback.
 """
 
+import signal
+
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+"""What asks a run to save and stop: the system's way, and what schedulers' scripts ask for, which Windows has not."""
+
 
 class HfscratchError(Exception):
     """Base of every error that is shown to the user as one sentence.
@@ -41,7 +46,11 @@ class MachineError(HfscratchError):
 
 
 class Terminated(HfscratchError):
-    """SIGTERM arrived, and what could be saved has been saved."""
+    """One of `STOP_SIGNALS` arrived, and the same command goes on from what is saved.
+
+    While a model trains, `training.trainer` raises it, after the step has ended and a checkpoint been saved; anywhere
+    else `cli` does, in the midst of what is running. The exit code is that of SIGTERM (128 + 15), for SIGUSR1 too.
+    """
 
     exit_code = 143
 

@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 DEPTHS = (2, 3, 4, 6, 8, 10, 12)
 TOKENS_PER_PARAMETER = 1
 """A model is taken only if the time allows it this many tokens a parameter: below that a smaller one, which reads
-more, ends as low or lower (measured in docs/log.md; 20 is right where time is not the limit)."""
-MAX_EPOCHS = 8
+more, ends as low or lower (measured in docs/log.md). At most it gets what `pretrain` would give it."""
 HELD_OUT_BYTES = 1_000_000
 """About what validation and test are given each: more would only cost time."""
 MIN_HELD_OUT_DOCUMENTS = 4
@@ -59,7 +58,7 @@ class _Plan:
     sequence_length: int
     batch_tokens: int
     max_tokens: int
-    dropout: float
+    attention_dropout: float
     fraction: float
     chunk_chars: int | None
     corpus_tokens: int
@@ -103,8 +102,10 @@ def write_recipe(
 
 
 def _plan(inspection: Inspection, minutes: float) -> _Plan:
+    from hfscratch.stages.pretrain import PretrainSection
     from hfscratch.training.batch import default_batch_tokens, training_seconds
 
+    derived = PretrainSection()
     size = inspection.num_bytes
     fraction = min(0.1, max(0.005, HELD_OUT_BYTES / size)) if size < 20 * HELD_OUT_BYTES else HELD_OUT_BYTES / size
     fraction = float(f"{fraction:.2g}")
@@ -124,9 +125,9 @@ def _plan(inspection: Inspection, minutes: float) -> _Plan:
     available = max(minutes * 60 - sum(fixed.values()) - EVALUATE_S - EXPORT_S * exports, 10.0)
     chosen: tuple[int, int, float] | None = None
     for depth in DEPTHS:
-        parameters, per_s = _measure(depth, vocab_size, sequence_length, batch_tokens=2048, dropout=0.1)
+        parameters, per_s = _measure(depth, vocab_size, sequence_length, batch_tokens=2048, attention_dropout=0.0)
         affordable = int(max(available - EXPORT_S_PER_PARAMETER * parameters * exports, 10.0) * per_s / 1.3)
-        tokens = min(affordable, 20 * parameters, MAX_EPOCHS * corpus_tokens)
+        tokens = int(min(affordable, derived.tokens_per_parameter * parameters, derived.max_epochs * corpus_tokens))
         if chosen is not None and tokens < TOKENS_PER_PARAMETER * parameters:
             break
         chosen = (depth, tokens, per_s)
@@ -137,9 +138,10 @@ def _plan(inspection: Inspection, minutes: float) -> _Plan:
     held_out_tokens = size * fraction / bytes_per_token
     batch_tokens = min(default_batch_tokens(max_tokens, sequence_length), 16 * sequence_length)
     # Measured again as it will be: how much a step reads, and dropout, change the speed by a half.
-    epochs = max_tokens / corpus_tokens
-    dropout = 0.2 if epochs > 4 else 0.1 if epochs > 1.5 else 0.0
-    parameters, per_s = _measure(depth, vocab_size, sequence_length, batch_tokens=batch_tokens, dropout=dropout)
+    dropout = 0.1 if max_tokens / corpus_tokens > 4 else 0.0
+    parameters, per_s = _measure(
+        depth, vocab_size, sequence_length, batch_tokens=batch_tokens, attention_dropout=dropout
+    )
     max_tokens = min(max_tokens, int(available * per_s / 1.3))
     max_tokens = max(max_tokens // batch_tokens, 20) * batch_tokens
     steps = max_tokens // batch_tokens
@@ -156,7 +158,7 @@ def _plan(inspection: Inspection, minutes: float) -> _Plan:
         sequence_length=sequence_length,
         batch_tokens=batch_tokens,
         max_tokens=max_tokens,
-        dropout=dropout,
+        attention_dropout=dropout,
         fraction=fraction,
         chunk_chars=chunk_chars,
         corpus_tokens=corpus_tokens,
@@ -188,7 +190,7 @@ def _import_seconds() -> float:
 
 
 def _measure(
-    depth: int, vocab_size: int, sequence_length: int, *, batch_tokens: int, dropout: float
+    depth: int, vocab_size: int, sequence_length: int, *, batch_tokens: int, attention_dropout: float
 ) -> tuple[int, float]:
     """`(parameters, tokens a second of training)` of a model of this depth on this machine."""
     import torch
@@ -201,7 +203,7 @@ def _measure(
     config = build_config(
         "scratch",
         depth=depth,
-        fields={"dropout": dropout},
+        fields={"attention_dropout": attention_dropout},
         vocab_size=vocab_size,
         special_ids={"pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1},
         sequence_length=sequence_length,
@@ -231,9 +233,9 @@ def _yaml(name: str, path: str, output: Path, inspection: Inspection, plan: _Pla
         chunk = []
     metrics = "[bits_per_byte, perplexity, parses]" if inspection.python_share > 0.5 else "[bits_per_byte, perplexity]"
     fits = (
-        "read more than once: dropout keeps it from learning them by heart"
-        if plan.dropout
-        else "read about once or less"
+        "read many times: dropout keeps it from learning it by heart"
+        if plan.attention_dropout
+        else "read too few times to need more"
     )
     held_out = _size(plan.fraction * inspection.num_bytes)
     lines = [
@@ -255,7 +257,7 @@ def _yaml(name: str, path: str, output: Path, inspection: Inspection, plan: _Pla
         f"  vocab_size: {plan.vocab_size}   # grows with the root of the corpus: each entry must be seen often enough",
         "model:",
         f"  depth: {plan.depth}   # the largest that can read enough tokens in the time; more minutes allow more",
-        f"  dropout: {plan.dropout:g}   # the text is {fits}",
+        f"  attention_dropout: {plan.attention_dropout:g}   # the text is {fits}",
         "pretrain:",
         f"  sequence_length: {plan.sequence_length}   # the longest context; longer documents are cut into rows",
         f"  batch_tokens: {plan.batch_tokens}   # small steps learn most from few tokens",

@@ -169,8 +169,8 @@ def _check(recipe: Recipe, stages: Sequence[str]) -> None:
             check(recipe)
 
 
-def _key(recipe: Recipe, stage: str) -> str | None:
-    """The stage's freshness key, or None while an artifact that it reads is missing."""
+def _made_from(recipe: Recipe, stage: str) -> dict[str, Any] | None:
+    """What the stage's result follows from, or None while an artifact that it reads is missing."""
     module = stage_module(stage)
     inputs = {}
     for name in module.INPUTS:
@@ -180,9 +180,8 @@ def _key(recipe: Recipe, stage: str) -> str | None:
         inputs[name] = manifest["digest"]
     if hasattr(module, "source_digests"):
         inputs |= module.source_digests(recipe, Workspace(recipe.out, stage))
-    return artifact.freshness_key(
-        stage=stage, version=module.VERSION, fields=module.key_fields(recipe), seed=recipe.seed, inputs=inputs
-    )
+    fields = module.key_fields(recipe)
+    return {"stage": stage, "version": module.VERSION, "fields": fields, "seed": recipe.seed, "inputs": inputs}
 
 
 def _stale(recipe: Recipe, stage: str) -> bool:
@@ -190,7 +189,8 @@ def _stale(recipe: Recipe, stage: str) -> bool:
     manifest = artifact.read_manifest(folder)
     if manifest is None or not artifact.is_complete(folder, manifest):
         return True
-    return manifest["key"] != _key(recipe, stage)
+    made_from = _made_from(recipe, stage)
+    return made_from is None or manifest["key"] != artifact.freshness_key(made_from)
 
 
 def _run_stage(recipe: Recipe, stage: str, rank: int, *, is_stale: bool, from_nothing: bool) -> StageResult:
@@ -203,9 +203,10 @@ def _run_stage(recipe: Recipe, stage: str, rank: int, *, is_stale: bool, from_no
             workspace.input(name)  # names the missing one
         if from_nothing:
             shutil.rmtree(workspace.work, ignore_errors=True)
-    while (key := _key(recipe, stage)) is None:  # only while the first process recovers or makes an input
+    while (made_from := _made_from(recipe, stage)) is None:  # only while the first process recovers or makes an input
         time.sleep(POLL_S)
-    workspace.key = key
+    key = artifact.freshness_key(made_from)
+    workspace.key, workspace.made_from = key, made_from
     if rank == 0 or stage in COLLECTIVE:
         rows = module.run(recipe, workspace)
     else:

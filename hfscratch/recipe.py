@@ -141,6 +141,11 @@ def load(
     return Recipe(name=top["name"], out=Path(top["out"]), seed=top["seed"], sections=built, source=str(path))
 
 
+def key_of(each: dataclasses.Field[Any]) -> str:
+    """The recipe's key for a dataclass field: its name, less the underscore that sets a Python keyword apart."""
+    return each.name.removesuffix("_")
+
+
 def to_dict(value: Any) -> Any:
     """A section (or a value in it) as plain YAML types, keys of an open field at the section's own level."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -149,7 +154,7 @@ def to_dict(value: Any) -> Any:
             if "names" in each.metadata:
                 plain.update(getattr(value, each.name))
             else:
-                plain[each.name] = to_dict(getattr(value, each.name))
+                plain[key_of(each)] = to_dict(getattr(value, each.name))
         return plain
     if isinstance(value, (list, tuple)):
         return [to_dict(item) for item in value]
@@ -303,6 +308,10 @@ def _convert(node: yaml.Node, kind: Any, key: str, source: str) -> Any:
     if origin is dict or kind is dict:
         if not isinstance(node, yaml.MappingNode):
             raise UsageError(f"{where}: {key} is {_show(node)}; it must be a mapping, as in {key}: {{a: 1}}")
+        _, each = typing.get_args(kind) or (str, Any)
+        if isinstance(each, type) and dataclasses.is_dataclass(each):
+            pairs = _items(node, source, f"{key}.")
+            return {name: _section(value, each, f"{key}.{name}", source) for name, (_, value) in pairs}
         return _plain(node, source)
     if not isinstance(node, yaml.ScalarNode):
         raise UsageError(f"{where}: {key} is {_show(node)}; it must be {_name(kind)}")
@@ -334,7 +343,9 @@ def _scalar(value: Any, node: yaml.ScalarNode, kinds: set[type], key: str, where
         except ValueError:
             pass
         else:
-            plain = int(number) if kinds == {int} and number.is_integer() else number
+            plain = str(int(number) if kinds == {int} and number.is_integer() else number)
+            if "e" in plain and "." not in plain:
+                plain = plain.replace("e", ".0e")  # YAML 1.1 reads no 1e-9
             raise UsageError(f"{where}: {key} is '{value}', which YAML reads as text, not as a number; write {plain}")
     raise UsageError(f"{where}: {key} is {_show(node)}; it must be {names}")
 
@@ -345,14 +356,14 @@ def _section(node: yaml.Node, cls: type, key: str, source: str) -> Any:
     if not isinstance(node, yaml.MappingNode):
         raise UsageError(f"{_where(source, node)}: {key} is {_show(node)}; it must be a mapping of keys to values")
     hints = typing.get_type_hints(cls)
-    fields = {each.name: each for each in dataclasses.fields(cls)}
+    fields = {key_of(each): each for each in dataclasses.fields(cls)}
     open_name = next((name for name, each in fields.items() if "names" in each.metadata), None)
     known = {name for name in fields if name != open_name}
     values: dict[str, Any] = {}
     rest: list[tuple[str, yaml.Node, yaml.Node]] = []
     for name, (key_node, value_node) in _items(node, source, f"{key}."):
         if name in known:
-            values[name] = _convert(value_node, hints[name], f"{key}.{name}", source)
+            values[name] = _convert(value_node, hints[fields[name].name], f"{key}.{name}", source)
         else:
             rest.append((name, key_node, value_node))
     if open_name is not None:
@@ -379,7 +390,7 @@ def _section(node: yaml.Node, cls: type, key: str, source: str) -> Any:
     if missing:
         raise UsageError(f"{_where(source, node)}: {key} needs the key '{missing[0]}'")
     try:
-        return cls(**values)
+        return cls(**{fields[name].name: value for name, value in values.items()})
     except UsageError as error:
         raise UsageError(f"{_where(source, node)}: {key}: {error}") from None
 

@@ -2,7 +2,8 @@
 
 Opening is careful: no code of the folder runs unless the user says so, weights are read from safetensors only (a
 pickle could run code), and whatever is wrong with the folder becomes one sentence. Any causal model that transformers
-knows will do, ours included; adapters and encoder-decoder models are not covered.
+knows will do, ours included, and to be measured or trained further any masked one; adapters and encoder-decoder models
+are not covered.
 
     model, tokenizer = load_model("runs/pycode-tiny")
     for piece in stream(model, tokenizer, "def main(", seed=0):
@@ -29,70 +30,321 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-def load_model(folder_or_id: str | Path, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
+def load_model(folder_or_id: str | Path, *, trust_remote_code: bool = False, masked: bool = False) -> tuple[Any, Any]:
     """The model, ready to generate, and its tokenizer.
 
     Args:
         folder_or_id: a model folder, a run folder (its `pretrain` first), or the name of a model on the Hub.
         trust_remote_code: run the code that the folder brings along, if transformers does not know its model type.
+        masked: open a masked model, which guesses and does not generate.
 
-    Raises: UsageError for a folder that is not a usable causal model; MachineError if the Hub cannot be reached or
-    a library is missing.
+    Raises: UsageError for a folder that is not a usable model of that kind; MachineError if the Hub cannot be reached
+    or a library is missing.
     """
     import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     source, options = _locate(folder_or_id)
     if _is_onnx(source):
         return _load_onnx(source)
     options["trust_remote_code"] = trust_remote_code
     with _quiet():
-        with _reading(source, "config.json"):
-            if Path(source).is_dir():
-                _check_config_file(Path(source), trust_remote_code)
-            config = AutoConfig.from_pretrained(source, **options)
-            if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not _brings_causal_code(config, trust_remote_code):
-                raise UsageError(
-                    f"{source} is of model type '{config.model_type}', which is not a causal language model"
-                )
-            if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and config.architectures:
-                causal = getattr(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], "__name__", "")
-                if causal and causal not in config.architectures:
-                    raise UsageError(
-                        f"{source} holds a {config.architectures[0]}, which cannot write text; that takes a {causal}"
-                    )
+        config = _load_config(source, options, masked=masked)
         on_gpu = torch.cuda.is_available()
-        with _reading(source, "the weights (model.safetensors; other formats are not opened)"):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source,
-                config=config,
-                use_safetensors=True,
-                # Many processors multiply in bf16 far slower than in fp32, so a CPU always gets fp32.
-                dtype="auto" if on_gpu else torch.float32,
-                ignore_mismatched_sizes=True,  # so that it is we who say so, below
-                output_loading_info=True,
-                **options,
-            )
-        model, loading = loaded
-        unfilled = sorted(
-            str(key) for key in (*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"]))
-        )
-        if unfilled:
-            raise UsageError(
-                f"the weights of {source} lack {len(unfilled)} of the tensors that its config.json asks for, or have "
-                f"them in another shape ({unfilled[0]}); the two do not belong together"
-            )
-        if Path(source).is_dir() and not any((Path(source) / name).is_file() for name in _TOKENIZER_FILES):
+        # Many processors multiply in bf16 far slower than in fp32, so a CPU always gets fp32.
+        dtype = "auto" if on_gpu else torch.float32
+        model, extra = _load_weights(source, config, {**options, "dtype": dtype}, masked=masked)
+        if extra:
+            logger.warning("%s has weights that its config.json does not ask for (%s)", source, _named(extra))
+        if Path(source).is_dir() and not has_tokenizer(Path(source)):
             raise UsageError(f"{source} has no tokenizer; put its tokenizer.json and tokenizer_config.json there")
         with _reading(source, "the tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             _check_tokenizer(source, model, tokenizer)
+        model.to("cuda" if on_gpu else "cpu").eval()
+        if masked:
+            with _reading(source, "a value of config.json"):
+                _read_one_token(source, model)
+            return model, tokenizer
         with _reading(source, "generation_config.json"):
             model.generation_config = _special_ids_alone(source, model.generation_config)
-        model.to("cuda" if on_gpu else "cpu").eval()
         with _reading(source, "a value of config.json"):
             _write_one_token(source, model)
     return model, tokenizer
+
+
+POSITIONS_BEHIND_PADDING = {
+    "camembert",
+    "data2vec-text",
+    "esm",
+    "ibert",
+    "longformer",
+    "luke",
+    "mpnet",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+}
+"""Types whose first token has the position `pad_token_id` + 1. Source: `create_position_ids_from_input_ids` of each."""
+
+
+def is_masked(folder: Path) -> bool:
+    """Whether a model folder, or the one in a run folder, holds a masked language model, by its config.json."""
+    return any(name.endswith("ForMaskedLM") for name in _architectures(folder))
+
+
+def is_classifier(folder: Path) -> bool:
+    """Whether it holds a model that labels texts, in the same way."""
+    return any(name.endswith("ForSequenceClassification") for name in _architectures(folder))
+
+
+def labels_of(folder: Path) -> list[str]:
+    """The labels of the classifier in a folder, in the order of their numbers. Raises: UsageError if it is unusable."""
+    from transformers import AutoConfig
+
+    source, options = _locate(folder)
+    options["trust_remote_code"] = False
+    with _quiet(), _reading(source, "config.json"):
+        labels = AutoConfig.from_pretrained(source, **options).id2label
+    return [str(labels[number]) for number in sorted(labels)]
+
+
+def has_classifier(model_type: str) -> bool:
+    """Whether there are classifiers of texts of this type."""
+    from transformers import CONFIG_MAPPING, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+    import hfscratch  # noqa: F401  (registers "scratch")
+
+    return model_type in CONFIG_MAPPING and CONFIG_MAPPING[model_type] in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+
+def _architectures(folder: Path) -> list[str]:
+    try:
+        config = json.loads((Path(_locate(folder)[0]) / "config.json").read_text(encoding="utf-8"))
+        return [str(name) for name in config.get("architectures") or ()]
+    except (UsageError, OSError, ValueError, AttributeError, TypeError):  # what is wrong is said when it is opened
+        return []
+
+
+def local_copy(folder_or_id: str | Path, *, weights: bool = True, otherwise: Path | None = None) -> Path:
+    """The folder to start from: the one named, or the local cache's copy of a model on the Hub, fetched if need be.
+
+    What the cache holds whole is taken as it is, and the Hub not asked: the same name stays the same model until
+    `hf download` brings a newer one.
+
+    Args:
+        folder_or_id: a model folder, a run folder (its `pretrain` first), or the name of a model on the Hub; without
+            `weights` a folder that holds no more than a tokenizer, or the file of one, too.
+        weights: whether the model is wanted, or its configuration and tokenizer alone.
+        otherwise: the folder that was made from it, which will do if it stands and what it was made from is gone.
+
+    Raises: UsageError if there is no such model; MachineError if the Hub cannot be reached.
+    """
+    import huggingface_hub
+
+    if otherwise is not None and otherwise.is_dir() and cached_copy(folder_or_id, weights=weights) is None:
+        return otherwise
+    folder_or_id, is_path = _expanded(folder_or_id)
+    path = Path(folder_or_id)
+    if not weights and path.is_file():
+        return path
+    if not weights and path.is_dir():
+        inside = (path / name for name in ("", "pretrain", "finetune/merged", "tokenizer"))
+        return next((folder for folder in inside if has_tokenizer(folder)), path)
+    if path.exists():
+        return Path(_locate(folder_or_id)[0])
+    if is_path:
+        raise UsageError(f"there is no model folder at {folder_or_id}")
+    cached = cached_copy(folder_or_id, weights=weights)
+    if cached is not None:
+        return cached
+    name = str(folder_or_id)
+    if not _hub_has(name):
+        raise MachineError(f"the local cache holds a part of {name} only, and the Hub cannot be reached for the rest")
+    kinds = ["*.json", "*.jinja", "*.txt", "*.model", *(["*.safetensors"] if weights else [])]
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=kinds, ignore_patterns=["*/*"]))
+    except Exception as error:  # whatever the network layer raises
+        raise MachineError(f"{name} could not be fetched from the Hub: {_first_line(error)}") from error
+
+
+def cached_copy(folder_or_id: str | Path, *, weights: bool = True) -> Path | None:
+    """What `local_copy` gives without asking the Hub, or None if that takes asking."""
+    import huggingface_hub
+
+    folder_or_id, is_path = _expanded(folder_or_id)
+    if Path(folder_or_id).exists():
+        return local_copy(folder_or_id, weights=weights)
+    if is_path:
+        return None
+    found = huggingface_hub.try_to_load_from_cache(str(folder_or_id), "config.json")
+    folder = Path(found).parent if isinstance(found, str) else None
+    return folder if folder and (_has_all_weights(folder) if weights else has_tokenizer(folder)) else None
+
+
+def _expanded(folder_or_id: str | Path) -> tuple[str, bool]:
+    """A name with `~` resolved, and whether it can only be a path."""
+    name = str(Path(folder_or_id).expanduser())
+    return name, str(folder_or_id).startswith(("./", "../", "/", "~")) or not _HUB_ID.fullmatch(name)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer's files."""
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
+
+
+def _has_all_weights(folder: Path) -> bool:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return (folder / "model.safetensors").is_file()
+    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    return all((folder / name).is_file() for name in shards)
+
+
+def load_config(folder: Path, *, masked: bool = False, **changes: Any) -> Any:
+    """The configuration of the causal (or masked) model in a folder whose code, if it brings any, is never run.
+
+    Args:
+        changes: fields to give other values.
+
+    Raises: UsageError for a folder that is not a usable model of that kind.
+    """
+    options = {"local_files_only": True, "trust_remote_code": False, **changes}
+    with _quiet():
+        return _load_config(str(folder), options, masked=masked)
+
+
+def load_weights(folder: Path, config: Any, *, masked: bool = False, **options: Any) -> Any:
+    """The causal (or masked) model of a folder, every weight of it from the file and every weight of the file in it.
+
+    Args:
+        options: of `from_pretrained`; `device_map="meta"` compares the names and shapes alone.
+
+    Raises: UsageError naming up to three of the weights that are missing, of another shape or too many.
+    """
+    with _quiet():
+        options = {"local_files_only": True, "trust_remote_code": False, **options}
+        model, extra = _load_weights(str(folder), config, options, masked=masked)
+    if extra:
+        raise UsageError(
+            f"the weights of {folder} have {len(extra)} tensors that its config.json does not ask for "
+            f"({_named(extra)}); the two do not belong together"
+        )
+    return model
+
+
+def load_classifier(folder: Path, labels: Sequence[str] | None = None) -> tuple[Any, Any, list[str]]:
+    """The model of a folder as a classifier in fp32, its tokenizer, and the names of weights that were drawn anew.
+
+    Args:
+        labels: make a classifier of these of any model, causal, masked or a classifier; None: it must be one.
+
+    Raises: UsageError for a folder that is no usable model, or lacks weights of more than the classifier's own.
+    """
+    import torch
+    from transformers import (
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        AutoConfig,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+    )
+
+    source, options = _locate(folder)
+    options["trust_remote_code"] = False
+    with _quiet():
+        with _reading(source, "config.json"):
+            _check_config_file(Path(source), False)
+            config = AutoConfig.from_pretrained(source, **options)
+        if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+            raise UsageError(f"{source} is of model type '{config.model_type}', which has no classifier of texts")
+        if labels is None and not is_classifier(Path(source)):
+            raise UsageError(f"{source} holds a {(config.architectures or ['model'])[0]}, which is no classifier")
+        if not has_tokenizer(Path(source)):
+            raise UsageError(f"{source} has no tokenizer; put its tokenizer.json and tokenizer_config.json there")
+        with _reading(source, "the tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        if labels is not None:
+            config.id2label, config.label2id = dict(enumerate(labels)), {name: i for i, name in enumerate(labels)}
+            config.problem_type = "single_label_classification"
+        if getattr(config, "pad_token_id", None) is None:
+            config.pad_token_id = tokenizer.pad_token_id  # causal types look for the last token that is none
+        with _reading(source, "the weights (model.safetensors; other formats are not opened)"):
+            loaded: Any = AutoModelForSequenceClassification.from_pretrained(
+                source,
+                config=config,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # so that it is we who say so, below
+                output_loading_info=True,
+                dtype=torch.float32,
+                **options,
+            )
+            model, loading = loaded
+            _check_tokenizer(source, model, tokenizer)
+    fresh = sorted(map(str, (*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"]))))
+    # A pooler stands inside of BERT's backbone, and its language models have none.
+    inside = f"{model.base_model_prefix}."
+    lost = [name for name in fresh if labels is None or (name.startswith(inside) and ".pooler." not in name)]
+    if lost:
+        raise UsageError(
+            f"the weights of {source} lack {len(lost)} of the tensors that its config.json asks for, or have them in "
+            f"another shape ({_named(lost)}); the two do not belong together"
+        )
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return model, tokenizer, fresh
+
+
+def _load_config(source: str, options: Mapping[str, Any], *, masked: bool) -> Any:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig
+
+    known = MODEL_FOR_MASKED_LM_MAPPING if masked else MODEL_FOR_CAUSAL_LM_MAPPING
+    kind, does = ("masked", "guess masked tokens") if masked else ("causal", "write text")
+    with _reading(source, "config.json"):
+        if Path(source).is_dir():
+            _check_config_file(Path(source), options["trust_remote_code"])
+        config = AutoConfig.from_pretrained(source, **options)
+        brings_code = not masked and _brings_causal_code(config, options["trust_remote_code"])
+        if type(config) not in known and not brings_code:
+            raise UsageError(f"{source} is of model type '{config.model_type}', which is not a {kind} language model")
+        if type(config) in known and config.architectures:
+            needed = getattr(known[type(config)], "__name__", "")
+            if needed and needed not in config.architectures:
+                raise UsageError(
+                    f"{source} holds a {config.architectures[0]}, which cannot {does}; that takes a {needed}"
+                )
+    return config
+
+
+def _load_weights(
+    source: str, config: Any, options: Mapping[str, Any], *, masked: bool = False
+) -> tuple[Any, list[str]]:
+    """The model, and the names of tensors in its files that it has no place for (those that its type is known to
+    leave behind, such as old buffers, not counted). Raises: UsageError if one of its own is missing there."""
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    with _reading(source, "the weights (model.safetensors; other formats are not opened)"):
+        loaded: Any = (AutoModelForMaskedLM if masked else AutoModelForCausalLM).from_pretrained(
+            source,
+            config=config,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # so that it is we who say so, below
+            output_loading_info=True,
+            **options,
+        )
+    model, loading = loaded
+    unfilled = sorted(str(key) for key in (*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])))
+    if unfilled:
+        raise UsageError(
+            f"the weights of {source} lack {len(unfilled)} of the tensors that its config.json asks for, or have "
+            f"them in another shape ({_named(unfilled)}); the two do not belong together"
+        )
+    return model, sorted(map(str, loading["unexpected_keys"]))
+
+
+def _named(keys: Sequence[str]) -> str:
+    """The first three of a list of names."""
+    return ", ".join(keys[:3]) + (", …" if len(keys) > 3 else "")
 
 
 def _is_onnx(source: str) -> bool:
@@ -206,7 +458,11 @@ def chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]
 
 def context_of(config: Any) -> int | None:
     """The most tokens that a model of this configuration reads at once, or None if it sets no limit."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    config = config.get_text_config()
+    positions: int | None = getattr(config, "max_position_embeddings", None)
+    if positions is not None and config.model_type in POSITIONS_BEHIND_PADDING and config.pad_token_id is not None:
+        return positions - config.pad_token_id - 1
+    return positions
 
 
 def _stream(model: Any, tokenizer: Any, ids: list[int], seed: int | None, settings: dict[str, Any]) -> Iterator[str]:
@@ -270,7 +526,7 @@ def _locate(folder_or_id: str | Path) -> tuple[str, dict[str, Any]]:
     if path.is_dir():
         if not (path / "config.json").is_file():
             # A run folder, or the artifact of its export.
-            inside = (path / name for name in ("pretrain", "finetune/merged", "export/onnx", "onnx"))
+            inside = (path / name for name in ("pretrain", "finetune/merged", "export/hf", "hf", "export/onnx", "onnx"))
             path = next((folder for folder in inside if (folder / "config.json").is_file()), path)
         if (path / "adapter_config.json").is_file():
             raise UsageError(f"{path} holds an adapter, not a whole model; give the merged model (finetune/merged)")
@@ -377,7 +633,19 @@ def _write_one_token(source: str, model: Any) -> None:
         output_logits=True,
         return_dict_in_generate=True,
     )
-    if output.logits[0].isnan().any():
+    _require_numbers(source, output.logits[0])
+
+
+def _read_one_token(source: str, model: Any) -> None:
+    """The same of a masked model."""
+    import torch
+
+    with torch.no_grad():
+        _require_numbers(source, model(torch.zeros((1, 1), dtype=torch.long, device=model.device)).logits)
+
+
+def _require_numbers(source: str, logits: Any) -> None:
+    if logits.isnan().any():
         raise UsageError(f"{source} computes no numbers (NaN): its weights are damaged, or its training diverged")
 
 

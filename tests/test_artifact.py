@@ -103,6 +103,16 @@ def test_a_damaged_manifest_is_named(tmp_path):
         artifact.read_manifest(tmp_path / "data")
 
 
+def test_an_artifact_is_known_by_its_stage_and_another_programs_manifest_is_none(tmp_path):
+    publish(tmp_path, "x")
+    folder, path = tmp_path / "data", tmp_path / "data" / "manifest.json"
+    assert artifact.is_artifact(folder, "data") and not artifact.is_artifact(folder, "pretrain")
+    for text in ("{", "[]", '{"stage": "data"}'):
+        path.write_text(text)
+        assert not artifact.is_artifact(folder, "data")
+    assert not artifact.is_artifact(path, "data") and not artifact.is_artifact(tmp_path, "data")
+
+
 def test_a_missing_file_makes_an_artifact_incomplete(tmp_path):
     manifest = publish(tmp_path, "x")
     (tmp_path / "data" / "sub" / "text").unlink()

@@ -46,12 +46,14 @@ def _seconds(*words: str) -> float:
 def test_a_stages_help_explains_every_key_of_its_sections(stage):
     import dataclasses
 
+    from hfscratch.recipe import key_of
+
     done = cli(stage, "--help")
     assert done.returncode == 0
     for name, cls in pipeline.stage_module(stage).SECTIONS.items():
         for each in dataclasses.fields(cls):
             if "names" not in each.metadata:
-                assert f"{name}.{each.name}:" in done.stdout
+                assert f"{name}.{key_of(each)}:" in done.stdout
 
 
 def test_every_stage_has_a_verb_and_every_verb_is_in_the_help():
@@ -268,3 +270,32 @@ def test_any_model_folder_is_scored_and_exported_by_itself(finished_run, tmp_pat
     here, there = cli("generate", model, *words), cli("generate", tmp_path / "exported", *words)
     assert here.returncode == there.returncode == 0, there.stderr
     assert here.stdout == there.stdout
+
+
+IN_A_DESTRUCTOR = """
+import os, signal, sys, time
+from hfscratch import cli
+
+class Noisy:
+    def __del__(self):
+        os.kill(os.getpid(), signal.{name})
+        time.sleep(0.05)
+
+def work(arguments):
+    noisy = Noisy()
+    del noisy
+    time.sleep(20)
+    return 0
+
+cli._parse = lambda argv: type("Arguments", (), {{"command": staticmethod(work)}})
+sys.exit(cli.main([]))
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_that_comes_inside_a_destructor_is_not_lost(name):
+    """Python drops what is raised in `__del__`, with a traceback on the terminal."""
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", IN_A_DESTRUCTOR.format(name=name)], capture_output=True, text=True)
+    refuse(done, 143, f"stopped by {name}")
+    assert time.perf_counter() - started < 15

@@ -37,7 +37,7 @@ def write(tmp_path, text: str):
             ["batch_tokens is 1000", "nearest value that does is 1024"],
         ),
         ("pretrain: {sequence_length: 1}", ["sequence_length is 1"]),
-        ("pretrain: {objective: mlm}", ["pretrain.objective", "'mlm'", "clm"]),
+        ("pretrain: {objective: lm}", ["pretrain.objective", "'lm'", "clm, mlm"]),
         ("model: {hidden_size: 100, num_attention_heads: 3}", ["hidden_size is 100", "3 attention heads", "99"]),
         ("model: {num_attention_heads: 4, num_key_value_heads: 3}", ["num_attention_heads is 4", "3 key-value heads"]),
         ("model: {type: lama}", ["'lama'", "did you mean 'llama'"]),
@@ -121,7 +121,7 @@ def test_every_field_of_every_section_explains_itself():
 
     for cls in pipeline.sections().values():
         check(cls)
-        assert len(dataclasses.fields(cls)) <= 20
+        assert len(dataclasses.fields(cls)) <= 23
 
 
 def test_names_of_foreign_fields_are_read_without_importing_torch(tmp_path):

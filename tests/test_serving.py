@@ -53,10 +53,14 @@ def damage_config(folder, **values):
     edit(folder / "config.json", **values)
 
 
-def spoil_weights(folder, value):
+def change_weights(folder, change):
     tensors = load_file(folder / "model.safetensors")
-    tensors["model.norm.weight"].fill_(value)
+    change(tensors)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def spoil_weights(folder, value):
+    change_weights(folder, lambda tensors: tensors["model.norm.weight"].fill_(value))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -97,7 +101,14 @@ DAMAGES = {
         "a value of config.json cannot",
     ),
     "another shape": (lambda f: damage_config(f, intermediate_size=80), "in another shape"),
-    "missing tensors": (lambda f: damage_config(f, num_hidden_layers=3), "lack 9 of the tensors"),
+    "missing tensors": (
+        lambda f: damage_config(f, num_hidden_layers=3),
+        r"lack 9 of the tensors .*\(model\.layers\.2\.\S+, model\.layers\.2\.\S+, model\.layers\.2\.\S+, …\)",
+    ),
+    "a tensor taken out": (
+        lambda f: change_weights(f, lambda weights: weights.pop("model.norm.weight")),
+        r"lack 1 of the tensors .*\(model\.norm\.weight\)",
+    ),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "the weights .* cannot be read"),
     "broken weights": (lambda f: (f / "model.safetensors").write_bytes(b"abc" * 99), "the weights .* cannot be read"),
     "a pickle": (
@@ -144,6 +155,20 @@ def test_a_damaged_folder_is_answered_with_one_sentence(folder, damage):
         load_model(folder)
     assert "\n" not in str(caught.value)
     assert str(folder) in str(caught.value)
+
+
+def test_weights_that_the_model_has_no_place_for_are_told_and_left_out(folder, model, caplog):
+    change_weights(folder, lambda tensors: tensors.update(extra=torch.zeros(2), more=torch.zeros(2)))
+    loaded, _ = load_model(folder)
+    assert "weights that its config.json does not ask for (extra, more)" in caplog.text
+    ids = torch.tensor([[1, 2, 3]])
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=0)
+
+
+def test_buffers_of_old_checkpoints_are_left_out_in_silence(folder, caplog):
+    change_weights(folder, lambda w: w.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
+    load_model(folder)
+    assert "weights" not in caplog.text
 
 
 def test_transformers_writes_no_report_of_its_own_beside_the_sentence(folder):

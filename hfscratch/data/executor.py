@@ -23,6 +23,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
+from datatrove.data import DocumentsPipeline
 from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.logging import setup_default_logger
@@ -34,6 +35,25 @@ from hfscratch.errors import MachineError
 # they need is imported before. Elsewhere a fork is not safe, and a script needs that line, as for any processes.
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 POLL_S = 0.1
+
+
+class TaskStep(PipelineStep):
+    """A step that is a pipeline of its own: for each task it does something, and hands nothing on.
+
+    The executor replaces `advance`, which is called with amounts of what was done since the last call.
+    """
+
+    def run(self, data: DocumentsPipeline = None, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        with self.track_time():
+            self.do(rank)
+        yield from ()
+
+    def do(self, rank: int) -> None:
+        """The work of one task."""
+        raise NotImplementedError
+
+    def advance(self, amount: int) -> None:
+        """Nobody is watching."""
 
 
 class _SharedCount:

@@ -5,20 +5,25 @@ Small corpora are read whole. Of large ones a part of each file is read and the 
 
 from __future__ import annotations
 
-import gzip
+import csv
 import heapq
+import itertools
 import json
-import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from hfscratch.data.sources import FORMATS, FoundSource, extension, find_source
+from hfscratch.data.sources import FoundSource, SourceFile, bare_extension, extension, find_source, format_of
 from hfscratch.data.text import Undecodable, decode_file, normalise
 from hfscratch.errors import DataError, UsageError
 
+RECORDS = frozenset({"jsonl", "csv", "parquet", "arrow"})
+MEASURED = frozenset({".txt", ".py", ".md"})
+"""What is measured by the size of its files."""
+PAGE_BYTES = 5_000_000
+"""At most this much is read of web pages and the like, which takes long."""
 READ_BYTES = 200_000_000
 """At most this much text of record files is read; files of plain text are measured by their size."""
 MIN_FILE_BYTES = 100_000
@@ -71,26 +76,32 @@ def inspect(path: str, *, text_column: str | None = None) -> Inspection:
     """
     source = find_source(path, text_column=text_column)
     if source.root is None:
-        raise UsageError(f"there is no file or folder {path}; a Hub dataset is not looked at, write its recipe by hand")
+        raise UsageError(
+            f"there is no file or folder {path}; a Hub dataset or a URL is not looked at, write its recipe by hand"
+        )
     formats: dict[str, tuple[int, int]] = {}
     for file in source.files:
         kind = extension(file.name)
         count, size = formats.get(kind, (0, 0))
         formats[kind] = (count + 1, size + file.size_bytes)
     total = sum(size for _, size in formats.values())
-    counts = _Records(source, source.root)
-    texts = [file for file in source.files if FORMATS[extension(file.name)] == "text"]
+    records = [file for file in source.files if format_of(file.name) in RECORDS]
+    counts = _Records(source.root, records)
+    texts = [file for file in source.files if extension(file.name) in MEASURED]
+    pages = _Pages(source, [file for file in source.files if file not in records and file not in texts])
     column = _choose(counts, text_column, path)
-    documents = counts.num_documents + sum(file.size_bytes > 0 for file in texts)
-    size = counts.num_bytes(column) + sum(file.size_bytes for file in texts)
-    longest = heapq.nlargest(NUM_LONGEST, [*counts.longest[column], *(file.size_bytes for file in texts)])
-    samples = [*_text_samples(source.root, [file.name for file in texts]), *counts.samples[column]]
+    documents = counts.num_documents + pages.num_documents + sum(file.size_bytes > 0 for file in texts)
+    size = counts.num_bytes(column) + pages.num_bytes + sum(file.size_bytes for file in texts)
+    lengths = [*counts.longest[column], *pages.longest, *(file.size_bytes for file in texts)]
+    longest = heapq.nlargest(NUM_LONGEST, lengths)
+    kinds = [_text_samples(source.root, [file.name for file in texts]), counts.samples[column], pages.samples]
+    samples = list(dict.fromkeys(each for row in itertools.zip_longest(*kinds) for each in row if each))
     return Inspection(
         formats=formats,
         ignored=dict(source.ignored),
         num_documents=documents,
         num_bytes=size,
-        is_estimate=counts.is_estimate,
+        is_estimate=counts.is_estimate or pages.is_estimate,
         longest_bytes=tuple(longest),
         text_column=column,
         text_columns=tuple(counts.columns()),
@@ -102,8 +113,7 @@ def inspect(path: str, *, text_column: str | None = None) -> Inspection:
 class _Records:
     """What the record files of a source hold, by column."""
 
-    def __init__(self, source: FoundSource, root: Path) -> None:
-        files = [file for file in source.files if FORMATS[extension(file.name)] != "text"]
+    def __init__(self, root: Path, files: Sequence[SourceFile]) -> None:
         self.is_estimate = False
         self.num_documents = 0
         self.longest: dict[str | None, list[int]] = defaultdict(list)
@@ -127,9 +137,8 @@ class _Records:
         sizes: Counter[str] = Counter()
         rows = consumed = 0
         share = 1.0
-        reader = _parquet_rows if extension(path.name) == ".parquet" else _json_rows
         try:
-            for record, consumed, share_read in reader(path, size_bytes):
+            for record, consumed, share_read in _rows(path, size_bytes):
                 rows += 1
                 for name, value in record.items():
                     if isinstance(value, str):
@@ -140,7 +149,7 @@ class _Records:
                 if consumed >= budget:
                     share = share_read
                     break
-        except (OSError, EOFError, zlib.error, ValueError):
+        except Exception:  # whatever its library raises for a damaged file
             pass  # `data` will put it in the ledger; what was read before counts
         if share < 1.0:
             self.is_estimate = True
@@ -159,49 +168,119 @@ class _Records:
             self.samples[name].append(normalise(value[: 2 * SAMPLE_CHARS])[:SAMPLE_CHARS])
 
 
-def _json_rows(path: Path, size_bytes: int) -> Iterator[tuple[dict[str, Any], int, float]]:
-    """`(record, bytes of lines so far, share of the file so far)`, bad lines passed over."""
+def _rows(path: Path, size_bytes: int) -> Iterator[tuple[dict[str, Any], int, float]]:
+    """`(record, bytes of text so far, share of the file so far)`, what cannot be read passed over."""
+    from hfscratch.data.readers.streams import expand
+
+    kind = format_of(path.name)
+    with path.open("rb") as file:  # pyarrow opens no name that is not UTF-8
+        if kind in ("parquet", "arrow"):
+            yield from _table_rows(file, kind, size_bytes)
+            return
+        records = _json_records if kind == "jsonl" else _csv_records
+        for record, consumed in records(expand(file, path.name, size_bytes), path.name):
+            yield record, consumed, min(1.0, file.tell() / max(1, size_bytes))
+
+
+def _json_records(file: BinaryIO, name: str) -> Iterator[tuple[dict[str, Any], int]]:
     import orjson
 
-    with path.open("rb") as file:
-        lines = gzip.GzipFile(fileobj=file) if path.name.lower().endswith(".gz") else file
-        consumed = 0
-        for line in lines:
-            consumed += len(line)
+    from hfscratch.data.readers.streams import lines
+
+    consumed = 0
+    for line, size in lines(file):
+        consumed += size
+        try:
+            record = orjson.loads(line or b"")
+        except orjson.JSONDecodeError:
             try:
-                record = orjson.loads(line)
-            except orjson.JSONDecodeError:
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError):
-                    continue
-            if isinstance(record, dict):
-                yield record, consumed, min(1.0, file.tell() / max(1, size_bytes))
+                record = json.loads(line or b"")
+            except (ValueError, RecursionError):
+                continue
+        if isinstance(record, dict):
+            yield record, consumed
 
 
-def _parquet_rows(path: Path, size_bytes: int) -> Iterator[tuple[dict[str, Any], int, float]]:
-    """As `_json_rows`, of the columns that hold strings."""
+def _csv_records(file: BinaryIO, name: str) -> Iterator[tuple[dict[str, Any], int]]:
+    from hfscratch.data.readers.streams import lines
+
+    consumed = 0
+
+    def decoded() -> Iterator[str]:
+        nonlocal consumed
+        for line, size in lines(file):
+            consumed += size
+            yield (line or b"").decode("utf-8", "replace")
+
+    for record in csv.DictReader(decoded(), delimiter="\t" if bare_extension(name)[0] == ".tsv" else ","):
+        yield {str(key).strip("\ufeff "): value for key, value in record.items() if key is not None}, consumed
+
+
+def _table_rows(file: BinaryIO, kind: str, size_bytes: int) -> Iterator[tuple[dict[str, Any], int, float]]:
+    """Of the columns that hold strings."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    with path.open("rb") as opened, pq.ParquetFile(opened) as file:  # pyarrow opens no name that is not UTF-8
-        schema = file.schema_arrow
-        names = [
-            field.name
-            for field in schema
-            if schema.names.count(field.name) == 1
-            and (
-                pa.types.is_string(field.type)
-                or pa.types.is_large_string(field.type)
-                or (pa.types.is_dictionary(field.type) and pa.types.is_string(field.type.value_type))
-            )
-        ]
-        rows = consumed = 0
-        for batch in file.iter_batches(batch_size=256, columns=names) if names else ():
-            rows += batch.num_rows
-            consumed += batch.nbytes
-            for record in batch.to_pylist():
-                yield record, consumed, rows / file.metadata.num_rows
+    from hfscratch.data.readers.records import ArrowReader, ParquetReader
+
+    schema, batches, num_rows = (ParquetReader if kind == "parquet" else ArrowReader).open_table(file)
+    names = [
+        field.name
+        for field in schema
+        if schema.names.count(field.name) == 1
+        and (
+            pa.types.is_string(field.type)
+            or pa.types.is_large_string(field.type)
+            or (pa.types.is_dictionary(field.type) and pa.types.is_string(field.type.value_type))
+        )
+    ]
+    rows = consumed = 0
+    for batch in batches(names) if names else ():
+        rows += batch.num_rows
+        consumed += batch.nbytes
+        share = rows / num_rows if num_rows else min(1.0, file.tell() / max(1, size_bytes))
+        for record in batch.to_pylist():
+            yield record, consumed, share
+
+
+class _Pages:
+    """What files hold that must be read as `data` does to know how much text is in them: web pages, dumps, archives,
+    and text that is compressed."""
+
+    def __init__(self, source: FoundSource, files: Sequence[SourceFile]) -> None:
+        from hfscratch.data.readers import make_readers
+
+        self.num_documents = self.num_bytes = 0
+        self.is_estimate = False
+        self.longest: list[int] = []
+        self.samples: list[str] = []
+        places = {file.name: place for place, file in enumerate(source.files)}
+        readers = make_readers(source, places) if files else {}
+        unread = PAGE_BYTES
+        for left, file in zip(range(len(files), 0, -1), sorted(files, key=lambda each: each.size_bytes), strict=True):
+            unread -= self._add(readers[str(format_of(file.name))], file, max(unread // left, MIN_FILE_BYTES))
+
+    def _add(self, reader: Any, file: SourceFile, budget: int) -> int:
+        consumed = documents = size = 0
+
+        def advance(num_bytes: int) -> None:
+            nonlocal consumed
+            consumed += num_bytes
+
+        reader.advance = advance
+        for document in reader.read_file(file.name):
+            if document.text:
+                length = len(document.text.encode("utf-8", "replace"))
+                documents, size = documents + 1, size + length
+                self.longest = heapq.nlargest(NUM_LONGEST, [*self.longest, length])
+                if len(self.samples) < NUM_SAMPLES and not document.text.isspace():
+                    self.samples.append(normalise(document.text[: 2 * SAMPLE_CHARS])[:SAMPLE_CHARS])
+            if consumed >= budget:
+                break
+        share = min(1.0, consumed / file.size_bytes) if consumed and file.size_bytes else 1.0
+        self.is_estimate |= share < 1.0
+        self.num_documents += round(documents / share)
+        self.num_bytes += round(size / share)
+        return consumed
 
 
 def _choose(counts: _Records, text_column: str | None, path: str) -> str | None:

@@ -14,14 +14,14 @@ import pyarrow as pa
 from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 from datatrove.pipeline.filters.base_filter import BaseFilter
-from datatrove.pipeline.formatters.base import BaseFormatter
 from datatrove.pipeline.writers.parquet import ParquetWriter
 
 from hfscratch.data import text as rules_of_text
 from hfscratch.errors import DataError
 
-MAX_DOCUMENT_BYTES = 2**30
-"""A longer document fits in no parquet row that every reader takes."""
+MAX_DOCUMENT_BYTES = 2**26
+"""A longer document is none; it would take ten times its size of memory to clean it."""
+TOO_LARGE = f"larger than {MAX_DOCUMENT_BYTES // 2**20} MiB"
 
 DROPPED_SCHEMA = pa.schema(
     [
@@ -34,6 +34,10 @@ DROPPED_SCHEMA = pa.schema(
         ("size_bytes", pa.int64()),
         ("num_chars", pa.int64()),
         ("sha256", pa.binary(32)),
+        ("group", pa.string()),
+        ("license", pa.string()),
+        ("date", pa.string()),
+        ("is_code", pa.bool_()),
         ("note", pa.string()),
         ("reason", pa.string()),
     ]
@@ -63,13 +67,26 @@ class Readable(BaseFilter):
         return False, failure
 
 
-class Normaliser(BaseFormatter):
-    """Newlines, control characters, NFC: see `text.normalise`."""
+class Normaliser(PipelineStep):
+    """Puts every text in one form, code without change of its meaning; the options are those of `text.normalise`."""
 
     name = "Normaliser"
+    type = "format"
 
-    def format(self, text: str) -> str:
-        return rules_of_text.normalise(text)
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = options
+
+    def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
+        for document in data:
+            with self.track_time():
+                is_code = bool(document.metadata.get("is_code"))
+                notes: set[str] = set()
+                document.text = rules_of_text.normalise(document.text, is_code=is_code, notes=notes, **self.options)
+                if notes:
+                    before = document.metadata.get("note")
+                    document.metadata["note"] = "; ".join([*([before] if before else []), *sorted(notes)])
+            yield document
 
 
 def measure(document: Document) -> None:
@@ -147,7 +164,7 @@ class Storable(BaseFilter):
     name = "Storable"
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
-        return doc.metadata["size_bytes"] <= MAX_DOCUMENT_BYTES or (False, "larger than 1 GiB")
+        return doc.metadata["size_bytes"] <= MAX_DOCUMENT_BYTES or (False, TOO_LARGE)
 
 
 class ShardWriter(ParquetWriter):

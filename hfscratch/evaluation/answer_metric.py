@@ -1,4 +1,4 @@
-"""What our `evaluate` modules around `overlap` share: answers and references in, figures out.
+"""What our `evaluate` modules around `overlap` and `labels` share: answers and references in, figures out.
 
 `evaluate.load` takes the first metric class that it finds in a module, so that modules import this one as a whole.
 """
@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 import evaluate
 
-from hfscratch.evaluation import overlap
+from hfscratch.evaluation import answers, overlap
 
 INPUTS = """
 Args:
@@ -25,7 +25,7 @@ Returns:
 
 
 class AnswerMetric(evaluate.Metric):
-    """A figure of `overlap.METRICS`, of the module's own name."""
+    """A figure of `answers.METRICS`, of the module's own name."""
 
     def _info(self) -> evaluate.MetricInfo:
         text = datasets.Value("string")
@@ -47,7 +47,7 @@ class AnswerMetric(evaluate.Metric):
         **options: Any,
     ) -> dict[str, float | list[float]]:
         wanted = overlap.as_references(predictions, references)
-        figures = overlap.METRICS[self.name](list(predictions), wanted, **options)
+        figures = answers.METRICS[self.name](list(predictions), wanted, **options)
         result: dict[str, float | list[float]] = {name: figure.value for name, figure in figures.items()}
         if per_example:
             result |= {f"{name}_per_example": figure.per_example.tolist() for name, figure in figures.items()}

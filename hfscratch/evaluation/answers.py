@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from hfscratch.errors import DataError, UsageError
-from hfscratch.evaluation import overlap, statistics
+from hfscratch.evaluation import labels, overlap, statistics
 from hfscratch.evaluation.statistics import Figure
 
+METRICS = {**overlap.METRICS, **labels.METRICS}
+"""By the names of our `evaluate` modules; each gives one figure or several."""
 BATCH_TOKENS = 8192
 """Tokens of a batch, padding and answers included; affects speed and memory."""
 
@@ -31,6 +33,7 @@ class Question:
         end: text that ends an answer; empty if only the end of text does.
         is_text: special tokens that the prompt spells are text. A prompt that a chat template made holds real ones.
         name_as_words: of a function that is to be described: what its name says.
+        bag_of_words: of a text that is to be labelled: what its words alone say.
     """
 
     id: str
@@ -39,6 +42,7 @@ class Question:
     end: str = ""
     is_text: bool = True
     name_as_words: str | None = None
+    bag_of_words: str | None = None
 
 
 def read_questions(path: Path) -> list[Question]:
@@ -57,6 +61,7 @@ def read_questions(path: Path) -> list[Question]:
                     end=record["end"],
                     is_text=record["is_text"],
                     name_as_words=record.get("name_as_words"),
+                    bag_of_words=record.get("bag_of_words"),
                 )
             )
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -211,7 +216,7 @@ def compare(
     most_frequent: str | None,
     seed: int,
 ) -> Comparison:
-    """Scores answers by those of `metrics` that `overlap` has, with two cheap ones beside them where they are known.
+    """Scores answers by those of `metrics` that `overlap` has, with cheap ones beside them where they are known.
 
     Args:
         written: `{who: an answer to each question, or None}`; `finetune` is compared with each other.
@@ -229,8 +234,9 @@ def compare(
     given = {who: [str(texts[i]) for i in kept] for who, texts in written.items()}
     if most_frequent is not None:
         given["most_frequent_answer"] = [most_frequent] * len(asked)
-    if all(each.name_as_words is not None for each in asked):
-        given["name_as_words"] = [str(each.name_as_words) for each in asked]
+    for cheap in ("name_as_words", "bag_of_words"):
+        if all(getattr(each, cheap) is not None for each in asked):
+            given[cheap] = [str(getattr(each, cheap)) for each in asked]
     scored = {who: _score(texts, asked, metrics) for who, texts in given.items()}
     return Comparison(
         records=[
@@ -257,8 +263,8 @@ def _score(texts: Sequence[str], questions: Sequence[Question], metrics: Sequenc
     references = [[each.reference] for each in questions]
     found: dict[str, Figure] = {}
     for name in metrics:
-        if name in overlap.METRICS:
-            found |= overlap.METRICS[name](texts, references)
+        if name in METRICS:
+            found |= METRICS[name](texts, references)
     return found
 
 

@@ -14,7 +14,7 @@ import inspect
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -137,6 +137,14 @@ def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     )["input_ids"]
 
 
+def count_round_trips(tokenizer: Any, ids: Sequence[Sequence[int]], texts: Sequence[str]) -> int:
+    """How many texts come back unchanged from their token ids."""
+    return sum(
+        tokenizer.decode(row, skip_special_tokens=False, clean_up_tokenization_spaces=False) == text
+        for row, text in zip(ids, texts, strict=True)
+    )
+
+
 def default_window(model: Any) -> int:
     """The model's context in tokens, at most `LONGEST_DEFAULT_WINDOW`."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -222,10 +230,7 @@ def score_texts(
         raise UsageError(f"window is {window} and stride is {stride}; they must satisfy 1 <= stride <= window")
     begin = begin_token_id(tokenizer)
     ids = encode(tokenizer, texts)
-    num_round_trips = sum(
-        tokenizer.decode(row, skip_special_tokens=False, clean_up_tokenization_spaces=False) == text
-        for row, text in zip(ids, texts, strict=True)
-    )
+    num_round_trips = count_round_trips(tokenizer, ids, texts)
     sequences = [np.array([begin, *row], dtype=np.int64) for row in ids]
     times_scored = [np.zeros(len(row), dtype=np.uint8) for row in ids]
     nats = np.zeros(len(ids))
@@ -247,7 +252,7 @@ def score_texts(
                 leave=False,
             ) as bar,
         ):
-            for batch in _batches(windows, batch_tokens):
+            for batch in batches(windows, batch_tokens):
                 for each, (positions, losses) in zip(batch, _predict(model, sequences, batch), strict=True):
                     nats[each.text] += float(losses.sum(dtype=np.float64))
                     np.add.at(times_scored[each.text], positions - 1, 1)
@@ -273,9 +278,17 @@ def _windows(text: int, num_tokens: int, window: int, stride: int) -> Iterator[_
         start, first_new = start + stride, end
 
 
-def _batches(windows: Sequence[_Window], batch_tokens: int) -> Iterator[list[_Window]]:
-    """Neighbouring windows, as many as fit into `batch_tokens` once padded to the longest; at least one."""
-    batch: list[_Window] = []
+class _HasLength(Protocol):
+    @property
+    def length(self) -> int: ...
+
+
+_Row = TypeVar("_Row", bound=_HasLength)
+
+
+def batches(windows: Sequence[_Row], batch_tokens: int) -> Iterator[list[_Row]]:
+    """Neighbouring rows, as many as fit into `batch_tokens` once padded to the longest; at least one."""
+    batch: list[_Row] = []
     longest = 0
     for each in windows:
         longest = max(longest, each.length)

@@ -5,8 +5,9 @@ past_key_values.N.key/value → logits, present.N.key/value`. Batch, length and 
 and left padding is respected. Attention is spelt out in standard operators: the fused GroupQueryAttention is silently
 wrong under unequal left padding, and onnxruntime refuses it for a batch with a past.
 
-Covered are decoders whose every layer attends to all that went before, with rotary or learned positions. Not covered:
-sliding windows, state-space layers, files above 2 GB (one file holds graph and weights).
+Covered are decoders with rotary or learned positions whose layers attend to all that went before, or, where
+`layer_types` say so, to a window of it (the cache keeps all nonetheless). Not covered: state-space layers, files above
+2 GB (one file holds graph and weights).
 """
 
 from __future__ import annotations
@@ -79,12 +80,14 @@ def cache_shape(model: Any) -> CacheShape:
                 f"a model of type '{kind}' takes no {name}, so it cannot become one ONNX graph with a cache"
             )
     config = model.config.get_text_config()
-    special = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    if not special and getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        special = {"sliding_attention"}
+    types = set(getattr(config, "layer_types", None) or ())
+    special = types - {"full_attention", "sliding_attention"}
+    if not types and getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        special = {"sliding_attention without layer_types"}
     if special:
         raise UsageError(
-            f"this {kind} has layers of kind {', '.join(sorted(special))}; ONNX export covers full attention only"
+            f"this {kind} has layers of kind {', '.join(sorted(special))}; ONNX export covers full attention, and "
+            "sliding windows where layer_types name them"
         )
     try:
         with torch.no_grad():
@@ -244,12 +247,12 @@ def _graph_module(model: Any) -> torch.nn.Module:
             position_ids: torch.Tensor,  # (batch, seq)
             past: list[torch.Tensor],  # keys and values in turn, each (batch, heads, past, head_dim)
         ) -> list[torch.Tensor]:
-            cache = DynamicCache()
+            cache = DynamicCache()  # of whole layers: a window is in the mask
             for layer in range(len(past) // 2):
                 cache.update(past[2 * layer], past[2 * layer + 1], layer)
             outputs = self.model(
                 input_ids=input_ids,
-                attention_mask=_additive_mask(input_ids.shape[1], attention_mask),
+                attention_mask=_masks(self.model.config, input_ids.shape[1], attention_mask),
                 position_ids=position_ids,
                 past_key_values=cache,
                 use_cache=True,
@@ -260,17 +263,35 @@ def _graph_module(model: Any) -> torch.nn.Module:
     return Graph().eval()
 
 
-def _additive_mask(seq: int, attention_mask: torch.Tensor) -> torch.Tensor:
+def _masks(config: Any, seq: int, attention_mask: torch.Tensor) -> torch.Tensor | dict[str, torch.Tensor]:
+    """One mask for all layers, or one for each type of layer where some slide."""
+    config = config.get_text_config()
+    full = _additive_mask(seq, attention_mask)
+    if "sliding_attention" not in (getattr(config, "layer_types", None) or ()):
+        return full
+    return {
+        "full_attention": full,
+        "sliding_attention": _additive_mask(seq, attention_mask, window=config.sliding_window),
+    }
+
+
+def _additive_mask(seq: int, attention_mask: torch.Tensor, window: int | None = None) -> torch.Tensor:
     """What to add to attention scores, (batch, 1, seq, total): 0 where a query may look, the lowest number elsewhere.
 
     The lowest number and not minus infinity: a padding position may look nowhere, and must not become NaN.
+
+    Args:
+        window: how many tokens a query sees, itself included; None for all before it.
     """
     import torch
 
     total = attention_mask.shape[1]
     keys = torch.arange(total, device=attention_mask.device)
     queries = keys[total - seq :]
-    allowed = (keys[None, :] <= queries[:, None])[None, None] & attention_mask[:, None, None, :].to(torch.bool)
+    near = keys[None, :] <= queries[:, None]
+    if window is not None:
+        near = near & (keys[None, :] > queries[:, None] - window)
+    allowed = near[None, None] & attention_mask[:, None, None, :].to(torch.bool)
     return torch.where(allowed, 0.0, torch.finfo(torch.float32).min)
 
 

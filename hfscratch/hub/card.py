@@ -37,7 +37,12 @@ METRIC_NAMES = {
     "exact_match": "exact match",
     "token_f1": "token F1",
     "parses": "samples that parse as Python",
+    "masked_loss": "loss at masked tokens, nats",
+    "masked_accuracy": "masked tokens guessed right",
+    "accuracy": "accuracy",
+    "macro_f1": "macro F1",
 }
+LABEL_METRICS = ("accuracy", "macro_f1")
 LAYERS, WIDTH = ("num_hidden_layers", "n_layer", "num_layers"), ("hidden_size", "n_embd", "d_model")
 CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx")
 """What configurations of different types call the same thing."""
@@ -47,8 +52,9 @@ MODELS = {
     "finetune": "finetuned",
     "most_frequent_answer": "the most frequent training answer, always",
     "name_as_words": "the function's name, as words",
+    "bag_of_words": "a bag of words",
 }
-"""Whose figures `evaluate` gives: the models of a run, and two cheap answers to compare them with."""
+"""Whose figures `evaluate` gives: the models of a run, and cheap answers to compare them with."""
 
 
 def make_card(
@@ -95,13 +101,16 @@ def make_card(
     measured = evaluate.get("metrics", {})
     rows = _evaluation({who: figures for who, figures in measured.items() if who in of or who == "num_answers"})
     dataset = evaluate.get("section", {}).get("dataset")
-    results = _eval_results(rows, source, _last_name(dataset) if dataset else f"{name}'s held-out split", hub_ids)
+    labels = (manifests.get("finetune", {}).get("metrics", {}).get("labels") or {}) if source == "finetune" else {}
+    is_masked = source == "pretrain" and manifests["pretrain"]["metrics"].get("objective") == "mlm"
+    task = "text-classification" if labels else "fill-mask" if is_masked else "text-generation"
+    results = _eval_results(rows, source, task, _last_name(dataset) if dataset else f"{name}'s held-out split", hub_ids)
     onnx = [file for file in files if file.endswith(".onnx")]
     data = ModelCardData(
         license=license,
         language=list(language) or None,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=task,
         tags=["hfscratch", *(["onnx"] if onnx else []), *(["conversational"] if chat_template else []), *tags],
         base_model=base_model,
         datasets=hub_ids or None,
@@ -127,6 +136,10 @@ def make_card(
         context=_first(config, CONTEXT),
         model_type=config["model_type"],
         is_scratch=config["model_type"] == "scratch",
+        is_masked=is_masked,
+        is_encoder=is_masked or (bool(labels) and config.get("is_causal") is False),
+        labels=labels.get("names"),
+        label_counts=labels.get("counts"),
         chat_template=chat_template,
         license=license,
         base_model=base_model,
@@ -272,7 +285,7 @@ def _evaluation(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
             continue
         for split in SPLITS:
             figures = measured.get(split) or {}
-            for metric in ("bits_per_byte", "perplexity"):
+            for metric in ("bits_per_byte", "perplexity", "masked_loss", "masked_accuracy"):
                 if metric in figures:
                     of = f"{_count(figures['num_bytes'])} bytes" if "num_bytes" in figures else ""
                     told = f"{SPLITS[split]}{', ' if of else ''}{of}"
@@ -281,7 +294,8 @@ def _evaluation(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
         for metric, figure in answers.items():
             if isinstance(figure, Mapping) and "value" in figure:
                 number = f", {metrics['num_answers']} of them" if "num_answers" in metrics else ""
-                told = f"answers to held-out questions{number}"
+                what = "labels of held-out texts" if metric in LABEL_METRICS else "answers to held-out questions"
+                told = f"{what}{number}"
                 rows.append(_row(model, "answers", told, metric, figure["value"], figure.get("interval")))
         parses = measured.get("parses")
         if isinstance(parses, Mapping) and "share" in parses:
@@ -294,7 +308,9 @@ def _row(model: str, on: str, told: str, metric: str, value: float, interval: Se
     return {"model": model, "on": on, "told": told, "metric": metric, "value": value, "interval": interval}
 
 
-def _eval_results(rows: Sequence[Mapping[str, Any]], source: str, dataset: str, hub_ids: Sequence[str]) -> list[Any]:
+def _eval_results(
+    rows: Sequence[Mapping[str, Any]], source: str, task: str, dataset: str, hub_ids: Sequence[str]
+) -> list[Any]:
     """The figures of this very model, as `model-index` has them."""
     from huggingface_hub import EvalResult
 
@@ -304,11 +320,13 @@ def _eval_results(rows: Sequence[Mapping[str, Any]], source: str, dataset: str, 
             continue
         results.append(
             EvalResult(
-                task_type="text-generation",
-                task_name="answers to held-out questions" if row["on"] == "answers" else "language modelling",
+                task_type=task,
+                task_name=row["told"].partition(",")[0] if row["on"] == "answers" else "language modelling",
                 dataset_type=hub_ids[0] if len(hub_ids) == 1 else "local",
                 dataset_name=dataset,
-                dataset_config="answers" if row["on"] == "answers" else "text",
+                dataset_config=("labels" if task == "text-classification" else "answers")
+                if row["on"] == "answers"
+                else "text",
                 dataset_split="test" if row["on"] in ("answers", "dataset") else row["on"],
                 metric_type=row["metric"],
                 metric_name=METRIC_NAMES.get(row["metric"], row["metric"]),

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+import transformers
+from transformers.models.auto import modeling_auto
 
-from hfscratch.model.configuration_scratch import ScratchConfig
-from hfscratch.model.modeling_scratch import ScratchForCausalLM, ScratchModel
+from hfscratch.model import modeling_scratch
+from hfscratch.model.configuration_scratch import AUTO_MAP, ScratchConfig
+
+NAME_LISTS = {
+    "AutoModel": "MODEL_MAPPING_NAMES",
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "AutoModelForMaskedLM": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+    "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+}
 
 
 def register() -> None:
     """Registers every class; doing so again changes nothing."""
-    AutoConfig.register("scratch", ScratchConfig, exist_ok=True)
-    AutoModel.register(ScratchConfig, ScratchModel, exist_ok=True)
-    AutoModelForCausalLM.register(ScratchConfig, ScratchForCausalLM, exist_ok=True)
-    # `register` is for loading; these lists of names are what the Trainer goes by: without ours in them, it would not
-    # shift the labels under label smoothing.
-    MODEL_MAPPING_NAMES["scratch"] = "ScratchModel"
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["scratch"] = "ScratchForCausalLM"
-    # From here on `save_pretrained` copies the two source files into the folder.
+    transformers.AutoConfig.register("scratch", ScratchConfig, exist_ok=True)
     ScratchConfig.register_for_auto_class("AutoConfig")
-    ScratchModel.register_for_auto_class("AutoModel")
-    ScratchForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+    for auto_class, name_list in NAME_LISTS.items():
+        name = AUTO_MAP[auto_class].rpartition(".")[2]
+        model_class = getattr(modeling_scratch, name)
+        getattr(transformers, auto_class).register(ScratchConfig, model_class, exist_ok=True)
+        # `register` is for loading; these lists of names are what the Trainer goes by: without ours in them, it would
+        # not shift the labels under label smoothing.
+        getattr(modeling_auto, name_list)["scratch"] = name
+        # From here on `save_pretrained` copies the two source files into the folder.
+        model_class.register_for_auto_class(auto_class)

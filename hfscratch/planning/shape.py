@@ -96,45 +96,65 @@ def build_config(
     vocab_size: int,
     special_ids: Mapping[str, int],
     sequence_length: int,
+    masked: bool = False,
 ) -> PretrainedConfig:
     """The configuration of the model to train.
 
     Args:
-        depth: layers; width is 64 a layer, heads are 64 wide, the MLP follows the type's habit. None with a
-            `hidden_size` in `fields`: nothing is derived from depth.
+        depth: layers; width is 64 a layer. None with a `hidden_size` or `num_hidden_layers` in `fields`: those say it.
+            Heads are 64 wide, the MLP follows width and the type's habit.
         fields: of the type's own configuration, under their Hugging Face names; they win over what depth derives.
         special_ids: `{"pad_token_id": …, "bos_token_id": …, "eos_token_id": …}` of the tokenizer.
+        masked: whether it reads both ways, to guess tokens that are masked.
 
-    Raises: UsageError if transformers refuses the result.
+    Raises: UsageError if transformers refuses the result, or `fields` say that it reads another way.
     """
     from transformers import AutoConfig
 
     import hfscratch  # noqa: F401  (registers "scratch")
 
     known = config_fields(model_type)
+    aliases = _aliases(model_type)
+    said = {**fields, **{alias: fields[own] for alias, own in aliases.items() if own in fields}}
     values: dict[str, Any] = {"vocab_size": vocab_size, **special_ids}
-    if depth is None and "hidden_size" not in fields and "num_hidden_layers" not in fields:
+    if depth is None and "hidden_size" not in said and "num_hidden_layers" not in said:
         depth = DEFAULT_DEPTH
-    if depth is not None:
-        hidden = int(fields.get("hidden_size", WIDTH_PER_LAYER * depth))
-        heads = int(fields.get("num_attention_heads", max(1, hidden // HEAD_DIM)))
-        values |= {"num_hidden_layers": depth, "hidden_size": hidden, "num_attention_heads": heads}
+    hidden: int | None = said.get("hidden_size", depth and WIDTH_PER_LAYER * depth)
+    if hidden is not None:  # a type's own defaults would be those of a model of another width
+        values["num_hidden_layers"] = depth or max(1, hidden // WIDTH_PER_LAYER)
+        heads = said.get("num_attention_heads") or _num_heads(hidden, is_free="head_dim" in said)
+        values |= {"hidden_size": hidden, "num_attention_heads": heads}
         if "intermediate_size" in known and model_type != "scratch":
             # Gated MLPs have three matrices where plain ones have two: 8/3 of the width keeps the parameters equal.
             gated = "silu" in _default_of(model_type, "hidden_act") or "hidden_activation" in known
             values["intermediate_size"] = -(-hidden * 8 // (3 * 32)) * 32 if gated else 4 * hidden
-    heads_given = fields.get("num_attention_heads", values.get("num_attention_heads"))
+    heads_given = said.get("num_attention_heads", values.get("num_attention_heads"))
     if "num_key_value_heads" in known and heads_given is not None:
         values["num_key_value_heads"] = heads_given
-    hidden_given = fields.get("hidden_size", values.get("hidden_size"))
-    divides = hidden_given and heads_given and hidden_given % heads_given == 0
-    if "head_dim" in known and model_type != "scratch" and divides:
-        values["head_dim"] = hidden_given // heads_given
-    if "is_decoder" in known:
-        values["is_decoder"] = True  # an encoder by birth (BERT and its kin) must be told not to look ahead
+    hidden_given = said.get("hidden_size", values.get("hidden_size"))
+    width, rest = divmod(hidden_given or 0, heads_given or 1)
+    if "head_dim" in known and model_type != "scratch" and width and not rest:
+        values["head_dim"] = width
+    head_dim = said.get("head_dim", values.get("head_dim"))
+    if "query_pre_attn_scalar" in known and head_dim is not None:
+        # Attention is divided by this number's root; Gemma's default belongs to its own heads, which are 256 wide.
+        values["query_pre_attn_scalar"] = head_dim
+    for name, own in (("cls_token_id", "bos_token_id"), ("sep_token_id", "eos_token_id")):
+        if name in known:  # BERT's words for what opens and what closes a text
+            values.setdefault(name, special_ids.get(own))
+    reads = {"is_decoder": not masked}  # an encoder by birth (BERT and its kin) must be told not to look ahead
+    if model_type == "scratch":
+        reads["is_causal"] = not masked
+    for name in reads.keys() & known.keys():
+        values[name] = reads[name]
+        if fields.get(name, reads[name]) != reads[name]:
+            way, objective = ("both ways", "mlm") if masked else ("left to right", "clm")
+            raise UsageError(
+                f"model.{name} is {str(fields[name]).lower()}, and a model of pretrain.objective={objective} reads "
+                f"{way}; leave it out"
+            )
     if "max_position_embeddings" in known:
         values["max_position_embeddings"] = sequence_length
-    aliases = _aliases(model_type)
     for name, value in fields.items():
         values.pop(aliases.get(name, name), None)
         values.pop(next((alias for alias, own in aliases.items() if own == name), name), None)
@@ -144,6 +164,13 @@ def build_config(
     except Exception as error:  # whatever a foreign configuration raises on contradictory values
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(f"model: transformers refuses this {model_type} configuration: {reason}") from error
+
+
+def _num_heads(hidden_size: int, *, is_free: bool) -> int:
+    """Heads about 64 wide, of even width, that divide the model's, unless they need not (`is_free`)."""
+    wanted = max(1, hidden_size // HEAD_DIM)
+    fitting = [n for n in range(1, hidden_size // 2 + 1) if hidden_size % n == 0 and hidden_size // n % 2 == 0]
+    return wanted if is_free or not fitting else min(fitting, key=lambda n: (abs(n - hidden_size / HEAD_DIM), -n))
 
 
 def _aliases(model_type: str) -> Mapping[str, str]:

@@ -1,6 +1,6 @@
 """Writes `report.html` and `report.md` of a run: what was made, how good it is, and what shows it.
 
-Both are made from what stands in the run folder (manifests, metrics.json, recipe.yaml, the ledger), for whichever
+Both are made from what stands in the run folder (manifests, metrics.json, recipe.yaml), for whichever
 stages have run; nothing is computed anew and nothing is fetched. The page is one file: style and pictures are inside,
 and there is no script.
 
@@ -11,6 +11,7 @@ and there is no script.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ ANSWERERS = {
     "model": "the model",
     "most_frequent_answer": "always the most frequent answer",
     "name_as_words": "the function's name, as words",
+    "bag_of_words": "a bag of words",
 }
 """Whose answers are compared, in the order in which they are told."""
 METRICS = {
@@ -39,10 +41,23 @@ METRICS = {
     "chrf": "chrF",
     "exact_match": "exact match",
     "token_f1": "token F1",
+    "accuracy": "accuracy",
+    "macro_f1": "macro F1",
 }
-LEAD_METRICS = ("rougeL", "token_f1", "chrf", "bleu", "exact_match")
+LEAD_METRICS = ("rougeL", "token_f1", "chrf", "bleu", "exact_match", "accuracy", "macro_f1")
 """The first of these that was measured is drawn and put on top."""
+LABEL_METRICS = ("accuracy", "macro_f1")
+WATCHED = {
+    "tokens_per_s": ("speed", lambda value: f"{formats.count(value)} tokens/s"),
+    "matrix_rate": ("matrix rate", lambda value: f"{formats.significant(value / 1e9)} GFLOP/s"),
+    "mfu": ("MFU", formats.share),
+    "memory_gb": ("peak memory", lambda value: f"{formats.significant(value)} GB"),
+    "energy_wh": ("energy", lambda value: f"{formats.significant(value)} Wh"),
+    "co2_g": ("CO₂", lambda value: f"{formats.significant(value)} g"),
+}
+"""What training was measured by, as it is told."""
 NUM_ANSWERS_SHOWN = 6
+MOST_LICENCES = 4
 FILES = {"torch": "torch, fp32", "fp32": "ONNX, fp32", "q8": "ONNX, 8 bits", "q4": "ONNX, 4 bits"}
 EARLIER = {"data": "earlier data", "tokenizer": "an earlier tokenizer"}
 """What an artifact is of, by the input that has changed; by any other, of an earlier model."""
@@ -114,11 +129,11 @@ def _context(out: Path) -> dict[str, Any]:
     data = manifests.get("data", {}).get("metrics", {})
     tokenizer = manifests.get("tokenizer", {}).get("metrics", {})
     pretrain = manifests.get("pretrain", {}).get("metrics", {})
-    ledger = _ledger(out / "data" / "ledger.parquet")
     history = training.get("history", [])
     scores = measured.get("pretrain") or measured.get("model") or {}
     answers = _answers(measured, read("evaluate", "answers.json") or [])
     finetune = manifests.get("finetune", {}).get("metrics", {})
+    finetuning = read("finetune", "metrics.json") or {}
     return {
         "name": _recipe_name(recipe) or out.resolve().name,
         "made_at": max(manifest["made_at"] for manifest in manifests.values()),
@@ -130,10 +145,15 @@ def _context(out: Path) -> dict[str, Any]:
         "learning_curve": figures.learning_curve(history, scores.get("test", {}).get("bits_per_byte")),
         "curve_points": _curve_points(history),
         "loss_curve": figures.loss_curve(history),
+        "phases": _phases(pretrain),
+        "source_curves": figures.source_curves(history),
+        "by_source": _by_source(history, pretrain.get("published_step")),
+        "pretrain_took": _took(training, pretrain),
         "samples": read("evaluate", "samples.json") or [],
         "training_samples": training.get("samples", []),
         "finetune": finetune,
-        "finetune_curve": figures.finetune_curve((read("finetune", "metrics.json") or {}).get("history", [])),
+        "finetune_curve": figures.finetune_curve(finetuning.get("history", [])),
+        "finetune_took": _took(finetuning, finetune),
         "forgetting": _forgetting(measured),
         "answers": answers,
         "files": _files(manifests.get("export", {}).get("metrics", {})),
@@ -141,9 +161,16 @@ def _context(out: Path) -> dict[str, Any]:
         "pushed": manifests.get("push", {}).get("metrics", {}),
         "plan": training.get("plan", []),
         "data": data,
-        "fates": ledger["fates"]
-        or [{"fate": fate, "reason": "", "count": n} for fate, n in data.get("fates", {}).items()],
-        "document_sizes": figures.document_sizes(ledger["kept_sizes"]),
+        "data_pictures": {name: figures.inline(picture) for name, picture in figures.data_pictures(data).items()},
+        "taken_out": ", ".join(
+            f"{formats.count(number)} {kind}"
+            for kind, number in data.get("taken_out", {}).items()
+            if number and kind in ("boilerplate lines", "repeated lines", "repeated paragraphs")
+        ),
+        "sources": _sources(data, _source_tokens(out)),
+        "overlaps": [
+            {"set": name, **row} for name, each in data.get("contamination", {}).items() for row in each["worst"]
+        ],
         "tokenizer": tokenizer,
         "pretrain": pretrain,
         "proofs": [{"stage": stage, **proof} for stage, each in manifests.items() for proof in each.get("proofs", [])],
@@ -210,6 +237,14 @@ def _tiles(
         note = best["label"] + (f"; {formats.figure(before)} before" if before is not None else "")
         tile(METRICS[answers["lead"]], formats.figure(best["value"]), note, "lead")
     for split in ("test", "validation", "dataset"):
+        found = scores.get(split, {})
+        if "masked_loss" in found:
+            tile("loss at masked tokens", formats.figure(found["masked_loss"]), f"{split}, nats a token", "lead")
+        if "masked_accuracy" in found:
+            tile("masked tokens guessed right", formats.share(found["masked_accuracy"]), split)
+        if {"masked_loss", "masked_accuracy"} & found.keys():
+            break
+    for split in ("test", "validation", "dataset"):
         if "perplexity" in scores.get(split, {}):
             tile("perplexity", formats.figure(scores[split]["perplexity"]), f"{split}, per token")
             break
@@ -255,6 +290,53 @@ def _splits(data: Mapping[str, Any], tokenizer: Mapping[str, Any], scores: Mappi
     ]
 
 
+def _sources(data: Mapping[str, Any], tokens: Mapping[str, int]) -> list[dict[str, Any]]:
+    """One row a source, the largest first; its tokens are None where there is no tokenizer yet."""
+    found = data.get("sources", {})
+    kept = sum(each["kept_bytes"] for each in found.values()) or 1
+    rows = []
+    for label, each in found.items():
+        licences = list(each["licences"].items())
+        told = [name if len(licences) == 1 else f"{name} ({formats.count(n)})" for name, n in licences[:MOST_LICENCES]]
+        rows.append(
+            {
+                "source": label,
+                "read": each["read"],
+                "kept": each["read"] - each["fates"].get("dropped", 0),
+                "bytes": each["kept_bytes"],
+                "share": each["kept_bytes"] / kept,
+                "tokens": tokens.get(label),
+                "licences": ", ".join(told) + (" and others" if len(licences) > MOST_LICENCES else ""),
+            }
+        )
+    return sorted(rows, key=lambda row: (-row["bytes"], row["source"]))
+
+
+def _source_tokens(out: Path) -> dict[str, int]:
+    """The tokens of all splits, by source; none if the tokens are those of other data."""
+    made, data = artifact.read_manifest(out / "tokenizer"), artifact.read_manifest(out / "data")
+    if made is None or data is None or made["inputs"]["data"] != data["digest"]:
+        return {}
+    tokens: Counter[str] = Counter()
+    for sources in made["metrics"].get("by_source", {}).values():
+        tokens.update({source: numbers["tokens"] for source, numbers in sources.items()})
+    return dict(tokens)
+
+
+def _took(training: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """What a training was measured by: a picture, where it was resumed or went back, and a row a figure with its
+    source; empty if nothing was."""
+    found = metrics.get("watched", {})
+    resumes, spikes = training.get("resumes", []), [each["step"] for each in metrics.get("spikes", [])]
+    rows = [
+        {"label": label, "value": told(found[name]["value"]), "source": found[name]["source"]}
+        for name, (label, told) in WATCHED.items()
+        if found.get(name, {}).get("value") is not None
+    ]
+    picture = figures.watched(training.get("history", []), resumes=resumes, spikes=spikes)
+    return {"picture": picture, "rows": rows, "resumes": resumes, "spikes": spikes} if rows else {}
+
+
 def _forgetting(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What finetuning cost of the first skill: bits per byte before and after, by split."""
     before, after = measured.get("pretrain", {}), measured.get("finetune", {})
@@ -294,6 +376,7 @@ def _answers(measured: Mapping[str, Any], answers: list[dict[str, Any]]) -> dict
         "picture": figures.intervals(drawn, METRICS[lead]),
         "comparisons": [each for each in measured.get("comparisons", []) if each["metric"] == lead],
         "num_prompts": len(answers),
+        "words": ("label", "text") if lead in LABEL_METRICS else ("answer", "prompt"),
         "examples": _spread(answers, NUM_ANSWERS_SHOWN),
         "labels": ANSWERERS,
     }
@@ -318,24 +401,35 @@ def _curve_points(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return points[::-1][::step][::-1]
 
 
-def _ledger(path: Path) -> dict[str, Any]:
-    """What the ledger counts: documents and bytes, kept or dropped for which reason, and the sizes of those kept."""
-    if not path.is_file():
-        return {"fates": [], "kept_sizes": []}
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(path, columns=["fate", "reason", "size_bytes"])
-    is_kept = pc.not_equal(table["fate"], "dropped")  # else the fate is the split that the document fell into
-    kept = table.filter(is_kept)["size_bytes"].drop_null().to_pylist()
-    dropped = table.filter(pc.invert(is_kept)).group_by("reason")
-    rows = [
-        {"fate": "dropped", "reason": row["reason"] or "", "count": row["count_all"], "bytes": row["size_bytes_sum"]}
-        for row in dropped.aggregate([([], "count_all"), ("size_bytes", "sum")]).to_pylist()
+def _phases(pretrain: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row a phase of training; none for a run that read all documents alike from the first step to the last."""
+    phases = pretrain.get("phases", [])
+    if len(phases) == 1 and len(phases[0]["batches"]) == 1 and not phases[0]["sources"]:
+        return []
+    return [
+        {
+            "steps": f"{phase['first_step']:,} to {phase['first_step'] + phase['steps'] - 1:,}",
+            "tokens": phase["tokens"],
+            "rows": f"{', '.join(str(each['rows']) for each in phase['batches'])} × {phase['sequence_length']:,}",
+            "sources": "; ".join(
+                f"{name} {formats.share(each['share'])} ({each['epochs']:.2g} times)"
+                for name, each in phase["sources"].items()
+            )
+            or "all documents",
+        }
+        for phase in phases
     ]
-    rows.sort(key=lambda row: -row["count"])
-    fates = [{"fate": "kept", "reason": "", "count": pc.sum(is_kept).as_py() or 0, "bytes": sum(kept)}, *rows]
-    return {"fates": fates, "kept_sizes": kept}
+
+
+def _by_source(history: list[dict[str, Any]], published_step: int | None) -> list[dict[str, Any]]:
+    """One row a source: its bits per byte at the first validation, and at that of the published model or the last."""
+    points = [row for row in history if "eval_loss" in row]
+    found = figures.sources_validated(history)
+    chosen = next((row for row in points if row["step"] == published_step), points[-1] if points else {})
+    return [
+        {"source": name.removeprefix(figures.EVAL_OF), "first": points[0].get(name), "last": chosen.get(name)}
+        for name in found
+    ]
 
 
 def _timings(manifests: Mapping[str, Any]) -> list[dict[str, Any]]:

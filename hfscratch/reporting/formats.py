@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -27,6 +28,12 @@ def figure(number: float) -> str:
     """A measured number, to the digits that mean something: 1.873, 12.41, 431.2."""
     decimals = 3 if abs(number) < 10 else 2 if abs(number) < 100 else 1
     return f"{number:,.{decimals}f}"
+
+
+def significant(number: float) -> str:
+    """A number to three digits: 0.00353, 1.87, 431, 12,400."""
+    rounded = float(f"{number:.3g}")
+    return f"{rounded:,.{max(0, 2 - math.floor(math.log10(abs(rounded))))}f}" if rounded else "0"
 
 
 def share(number: float) -> str:

@@ -1,4 +1,8 @@
-"""export: writes the finished model for other runtimes.
+"""export: writes the finished model for other runtimes, or a training checkpoint as a plain model folder.
+
+`hf` makes `<out>/export/hf/`, a plain `from_pretrained` folder with model, tokenizer and code, of whatever it is given:
+also of a training checkpoint whose weights ZeRO or FSDP shared out over processes. It takes the memory of the model's
+fp32 weights twice.
 
 `onnx` makes `<out>/export/onnx/`, a folder as those of onnx-community: configuration and tokenizer at the root,
 `onnx/model.onnx` and its quantized copies beside it. `hfscratch.export`, Optimum and transformers.js open it. Every
@@ -8,16 +12,18 @@ file is run and compared with the model it was made from before it is published.
 from __future__ import annotations
 
 import contextlib
+import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from hfscratch import artifact
 from hfscratch.artifact import Proof, Workspace
-from hfscratch.errors import UsageError
+from hfscratch.errors import MachineError, UsageError
 from hfscratch.recipe import Recipe, to_dict
+from hfscratch.training import checkpoints
 
 INPUTS = ()
 """None that every run has: `source_digests` says which artifacts are read."""
@@ -32,20 +38,22 @@ SPEED_TOKENS = 64
 SPEED_TURNS = 4
 MOST_LOST = 0.005
 """Of bits per byte, by 8-bit weights."""
+MODEL_FOLDERS = ("", "pretrain", "finetune/merged")
+"""Where a model may lie in a folder that is given for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportSection:
     """Which files are made, of which model."""
 
-    formats: tuple[Literal["onnx"], ...] = ("onnx",)
-    """What to write."""
+    formats: tuple[Literal["hf", "onnx"], ...] = ("onnx",)
+    """What to write: onnx, one graph and its smaller copies; hf, a plain from_pretrained folder."""
 
     source: Literal["auto", "pretrain", "finetune"] = "auto"
     """Whose model; auto takes the finetuned one if there is one."""
 
     model: str | None = None
-    """Any model folder, in place of this run's own."""
+    """Any model folder, or a training checkpoint (checkpoint-N) of your own, in place of this run's model."""
 
     quantized: tuple[Literal["q8", "q4"], ...] = ("q8", "q4")
     """The smaller copies of the ONNX graph: weights in 8 bits (onnx/model_quantized.onnx) and in 4
@@ -56,7 +64,7 @@ class ExportSection:
 
     def __post_init__(self) -> None:
         if not self.formats:
-            raise UsageError("formats is empty; it must name at least one of: onnx")
+            raise UsageError("formats is empty; it must name at least one of: hf, onnx")
         if self.test_bytes < 0:
             raise UsageError(f"test_bytes is {self.test_bytes}; it must not be negative")
         if self.model is not None and self.source != "auto":
@@ -86,17 +94,32 @@ def source_digests(recipe: Recipe, workspace: Workspace) -> dict[str, str]:
 
 
 def check(recipe: Recipe) -> None:
-    """Raises: MachineError if a package is missing; UsageError if `export.model` is no folder."""
+    """Raises: MachineError if a package is missing; UsageError if `export.model` is no folder of a model."""
     from hfscratch.export.graph import require_packages
 
-    require_packages()
-    model = recipe.section("export").model
-    if model is not None and not Path(model).is_dir():
-        raise UsageError(f"export.model is {model}, and there is no such folder")
+    section: ExportSection = recipe.section("export")
+    if "onnx" in section.formats:
+        require_packages()
+    if section.model is None:
+        if "finetune" in recipe.sections and recipe.section("finetune").is_classifier and section.source != "pretrain":
+            raise UsageError(_not_exported("what this recipe finetunes"))
+        is_finetuned = section.source != "pretrain" and "finetune" in recipe.sections
+        if "pretrain" in recipe.sections and recipe.section("pretrain").is_masked and not is_finetuned:
+            _require_causal(section, "the model of this recipe (pretrain.objective is mlm)")
+        return
+    folder = Path(section.model)
+    if not folder.is_dir():
+        raise UsageError(f"export.model is {folder}, and there is no such folder")
+    if not _is_checkpoint(folder) and not any((folder / inside / "config.json").is_file() for inside in MODEL_FOLDERS):
+        inside = [folder, *folder.glob("*"), *folder.glob(".work/*/*")]  # of one run, of a stage, of a run folder
+        found = [path for each in inside if each.is_dir() for path in checkpoints.list_checkpoints(each)]
+        if found:
+            newest = max(found, key=lambda path: (path.parent.stat().st_mtime, checkpoints.step_of(path)))
+            raise UsageError(f"{folder} holds training checkpoints; give one of them, the newest is {newest}")
 
 
 def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
-    """Exports, quantizes, compares, publishes."""
+    """Consolidates, exports, quantizes, compares, publishes."""
     import torch
     from tqdm import tqdm
 
@@ -104,14 +127,29 @@ def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
     from hfscratch.export import OnnxForCausalLM, folder
     from hfscratch.export.graph import require_packages
 
-    require_packages()
     section: ExportSection = recipe.section("export")
+    makes_onnx = "onnx" in section.formats
+    if makes_onnx:
+        require_packages()
     inputs = source_digests(recipe, workspace)
-    model, tokenizer = serving.load_model(_model_folder(section, workspace))
-    model = model.to("cpu", torch.float32)
-    texts = _test_texts(workspace, section.test_bytes)
+    source = _model_folder(section, workspace)
+    with _standing(source):
+        manifest = _verified(source) if _is_checkpoint(source) else None
+    if serving.is_classifier(source):
+        raise UsageError(_not_exported(str(source)))
+    if serving.is_masked(source):
+        _require_causal(section, str(source))
+    makes_plain = "hf" in section.formats or manifest is not None
+    texts = _test_texts(workspace, section.test_bytes) if makes_onnx else []
     timings: dict[str, float] = {}
-    steps = ["graph", *section.quantized, "compare", *(["score"] if texts else []), "time"]
+    steps = ["hf"] if makes_plain else []
+    if makes_onnx:
+        steps += ["graph", *section.quantized, "compare", *(["score"] if texts else []), "time"]
+    metrics: dict[str, Any] = {"source": "model" if section.model else _source(section, workspace)}
+    if manifest is not None:
+        metrics["checkpoint"] = {"step": manifest["step"], "key": manifest["key"], **manifest["facts"]}
+    proofs: list[Proof] = []
+    rows: list[tuple[str, str]] = []
 
     with workspace.staging() as staged, tqdm(total=len(steps), desc="export", unit="step", leave=False) as bar:
 
@@ -122,36 +160,193 @@ def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
             timings[name] = time.perf_counter() - started
             bar.update()
 
-        target = staged / "onnx"
-        files, config = _write_files(model, tokenizer, section.quantized, target, step)
-        # From here on the folder is used as a user would.
-        opened = {kind: OnnxForCausalLM.from_pretrained(target, file_name=path.name) for kind, path in files.items()}
-        probes = _probes(model, tokenizer, texts, seed=recipe.seed)
-        with step("compare"):
-            proofs = _compare(model, opened, probes, config)
-        figures: dict[str, dict[str, Any]] = {"torch": {}}
-        for kind, path in files.items():
-            figures[kind] = {"file": str(path.relative_to(target)), "size_bytes": path.stat().st_size}
-        if texts:
-            with step("score"):
-                proofs += _score({"torch": model, **opened}, tokenizer, texts, figures)
-        with step("time"):
-            _time({"torch": model, **opened}, probes, figures)
-        folder.write_readme(target, name=recipe.name, config=config, table=_table(figures))
-        workspace.publish(
-            staged,
-            section=to_dict(section),
-            inputs=inputs,
-            proofs=proofs,
-            metrics={
+        plain = staged / "hf"
+        if makes_plain:
+            with step("hf"), _standing(source):
+                metrics["hf"], proofs = _write_plain(source, plain, is_checkpoint=manifest is not None)
+            rows = _plain_rows(metrics)
+        if makes_onnx:
+            model, tokenizer = serving.load_model(plain if manifest is not None else source)
+            model = model.to("cpu", torch.float32)
+            target = staged / "onnx"
+            files, config = _write_files(model, tokenizer, section.quantized, target, step)
+            # From here on the folder is used as a user would.
+            opened = {
+                kind: OnnxForCausalLM.from_pretrained(target, file_name=path.name) for kind, path in files.items()
+            }
+            probes = _probes(model, tokenizer, texts, seed=recipe.seed)
+            with step("compare"):
+                proofs += _compare(model, opened, probes, config)
+            figures: dict[str, dict[str, Any]] = {"torch": {}}
+            for kind, path in files.items():
+                figures[kind] = {"file": str(path.relative_to(target)), "size_bytes": path.stat().st_size}
+            if texts:
+                with step("score"):
+                    proofs += _score({"torch": model, **opened}, tokenizer, texts, figures)
+            with step("time"):
+                _time({"torch": model, **opened}, probes, figures)
+            folder.write_readme(target, name=recipe.name, config=config, table=_table(figures))
+            metrics |= {
                 "onnx": figures,
-                "source": "model" if section.model else _source(section, workspace),
                 "test_bytes": sum(len(text.encode()) for text in texts),
                 "threads": torch.get_num_threads(),
-            },
-            timings=timings,
+            }
+            rows += _rows(figures)
+        if "hf" not in section.formats:
+            shutil.rmtree(plain, ignore_errors=True)  # it was only what the graph was made from
+        workspace.publish(
+            staged, section=to_dict(section), inputs=inputs, proofs=proofs, metrics=metrics, timings=timings
         )
-    return _rows(figures)
+    return rows
+
+
+def _not_exported(what: str) -> str:
+    return (
+        f"{what} is a classifier, and export makes files of language models; set export.source=pretrain for its base, "
+        "or leave export out (finetune/merged is a plain folder already)"
+    )
+
+
+def _require_causal(section: ExportSection, what: str) -> None:
+    """Raises: UsageError if a masked model is to become what only causal ones can be."""
+    if "onnx" in section.formats:
+        raise UsageError(
+            f"export.formats has onnx, whose graph writes text, and {what} guesses masked tokens; take hf, or leave "
+            "export out"
+        )
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a training checkpoint: by our manifest, or by its name and the Trainer's state in it."""
+    if (folder / checkpoints.MANIFEST).is_file():
+        return True
+    folder = folder.resolve()
+    return folder in checkpoints.list_checkpoints(folder.parent) and (folder / "trainer_state.json").is_file()
+
+
+def _verified(checkpoint: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint that may be read. Raises: UsageError, saying why it must not be."""
+    real = checkpoint.resolve()
+    if not (checkpoint / checkpoints.MANIFEST).is_file():
+        raise UsageError(
+            f"{checkpoint} is a training checkpoint without {checkpoints.MANIFEST}, so another trainer wrote it or "
+            "nothing says that it is whole; give one that hfscratch wrote, or a folder that save_pretrained did"
+        )
+    if real not in checkpoints.list_checkpoints(real.parent):
+        raise UsageError(f"{checkpoint} is a training checkpoint under another name; call it checkpoint-N, N its step")
+    try:
+        manifest = checkpoints.verify(real)
+    except checkpoints.Unusable as reason:
+        raise UsageError(f"{checkpoint} is not read: {reason}; give another checkpoint") from None
+    if (checkpoint / "adapter_config.json").is_file():
+        raise UsageError(
+            f"{checkpoint} holds an adapter, not a whole model; let `hfscratch finetune` end, and give finetune/merged"
+        )
+    if not (checkpoint / "config.json").is_file():
+        raise UsageError(f"{checkpoint} has no config.json, so nothing says what its weights are; give a newer one")
+    return manifest
+
+
+@contextlib.contextmanager
+def _standing(source: Path) -> Iterator[None]:
+    """Tells a folder that was deleted meanwhile, as a run does with its older checkpoints, from other errors."""
+    try:
+        yield
+    except Exception as error:  # whatever a library raises when its files are gone
+        if source.is_dir():
+            raise
+        raise UsageError(f"{source} was deleted while it was read; give a newer checkpoint") from error
+
+
+def _write_plain(source: Path, target: Path, *, is_checkpoint: bool) -> tuple[dict[str, Any], list[Proof]]:
+    """Writes a model as a `from_pretrained` folder, opens that, and returns figures and proofs."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    from hfscratch import serving, tokens
+    from hfscratch.export import consolidate
+
+    source = serving.local_copy(source)
+    if not serving.has_tokenizer(source):
+        raise UsageError(f"{source} has no tokenizer; put its tokenizer.json and tokenizer_config.json there")
+    masked = serving.is_masked(source)
+    config = serving.load_config(source, masked=masked)
+    state: dict[str, Any] = {}
+    if is_checkpoint and consolidate.is_sharded(source):
+        model = consolidate.empty_model(config, masked=masked)
+        _require_room(4 * model.num_parameters(), target)
+        state = consolidate.whole_state(source)
+        consolidate.fill(model, state, source=source)
+        if (source / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(str(source))
+    else:
+        _require_room(sum(path.stat().st_size for path in source.glob("*.safetensors")), target)
+        model = serving.load_weights(source, config, masked=masked, dtype="auto")
+    model.config.use_cache = True  # the Trainer switched it off for training; a user wants it
+    model.save_pretrained(str(target))
+    tokenizer = AutoTokenizer.from_pretrained(str(source), local_files_only=True)
+    if is_checkpoint:
+        tokenizer.model_max_length = serving.context_of(config) or tokenizer.model_max_length
+    tokens.save_tokenizer(tokenizer, target)
+    figures = {
+        "parameters": model.num_parameters(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "size_bytes": sum(path.stat().st_size for path in target.glob("*.safetensors")),
+    }
+    return figures, _plain_proofs(target, model.state_dict() | state)
+
+
+def _require_room(size_bytes: int, target: Path) -> None:
+    """Raises: MachineError if memory or disk are too small for a model of that size."""
+    from hfscratch.training.batch import free_memory_bytes
+
+    artifact.make_folder(target)
+    artifact.require_free_space(target, size_bytes)
+    if 2 * size_bytes > free_memory_bytes():
+        raise MachineError(
+            f"a plain folder of this model needs about {2 * size_bytes / 1e9:.1f} GB of memory (its weights, and once "
+            f"more to prove them), and {free_memory_bytes() / 1e9:.1f} GB are free"
+        )
+
+
+def _plain_proofs(folder: Path, state: Mapping[str, Any]) -> list[Proof]:
+    """That a folder opens to the very tensors of a state, and that it has all that the model asks for."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    from hfscratch import serving
+
+    def same(one: Any, other: Any) -> bool:
+        return one.dtype == other.dtype and torch.equal(one, other)
+
+    auto: Any = AutoModelForMaskedLM if serving.is_masked(folder) else AutoModelForCausalLM
+    reloaded, loading = auto.from_pretrained(
+        str(folder), dtype="auto", use_safetensors=True, local_files_only=True, output_loading_info=True
+    )
+    found = reloaded.state_dict()
+    equal = [name for name in state.keys() & found.keys() if same(state[name], found[name])]
+    lacking = sorted(map(str, [*loading["missing_keys"], *loading["unexpected_keys"], *loading["mismatched_keys"]]))
+    empty = [name for name, tensor in found.items() if tensor.is_meta or not tensor.numel()]
+    parameters = dict(reloaded.named_parameters(remove_duplicate=False))
+    num_tied = len(parameters) - len({tensor.data_ptr() for tensor in parameters.values()})
+    return [
+        Proof(
+            "the plain folder reloads to the very tensors it was made of",
+            len(equal) == len(state) == len(found),
+            f"{len(equal)} of {len(state)} tensors are equal, bit for bit",
+        ),
+        Proof(
+            "no weight is missing, and none is empty",
+            not lacking and not empty and not any(folder.glob("*.bin")),
+            f"{len(found)} tensors, {num_tied} of them tied to another"
+            + (f"; {', '.join([*lacking, *empty][:3])}" if lacking or empty else ""),
+        ),
+    ]
+
+
+def _plain_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    figures, checkpoint = metrics["hf"], metrics.get("checkpoint")
+    about = f"{figures['parameters']:,} parameters, {figures['dtype']}, {figures['size_bytes'] / 1e6:.1f} MB"
+    return [("hf", about + (f", of step {checkpoint['step']:,} under {checkpoint['engine']}" if checkpoint else ""))]
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,14 @@
-"""finetune: teaches the pretrained model (or any causal model folder) a task, by an adapter or in full.
+"""finetune: teaches the pretrained model (or any model folder) a task, by an adapter or in full.
 
-Tasks: `docstring` (a Python function → its docstring; pairs are taken from the data artifact, split by split) and
-`sft` (instruction data of one's own: chat messages, prompt and completion, or alpaca columns). The loss is on the
-answers alone. The loop is TRL's SFTTrainer with our mixin; interrupted, the same command goes on from its last
-checkpoint under `.work/finetune/`. ZeRO-3 and FSDP are not covered.
+Two tasks teach a causal model to answer: `docstring` (a Python function → its docstring; pairs are taken from the data
+artifact, split by split) and `sft` (instruction data of one's own: chat messages, prompt and completion, or alpaca
+columns). The loss is on the answers alone, the loop TRL's SFTTrainer. Two make a classifier of a causal or a masked
+model: `exception` (a piece of Python code → the exception it catches; from the data artifact too) and `classification`
+(texts and labels of one's own); the loop is transformers' Trainer. Both have our mixin; interrupted, the same command
+goes on from its last checkpoint under `.work/finetune/`. ZeRO-3 and FSDP are not covered.
 
 Writes `<out>/finetune/adapter` (what PeftModel opens; for method lora), `<out>/finetune/merged` (a plain model folder),
-`test.jsonl` (prompts and references that were held out, for `evaluate`) and `metrics.json`.
+`test.jsonl` (prompts and references, or texts and labels, that were held out, for `evaluate`) and `metrics.json`.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,8 +39,8 @@ INPUTS = ()
 """What is read depends on the recipe; see `inputs`."""
 VERSION = 2
 NUM_EVALUATIONS = 4
-MAX_EVAL_EXAMPLES = 128
-"""Validation examples read at each validation."""
+MAX_EVAL_EXAMPLES, MAX_EVAL_TEXTS = 128, 1024
+"""Validation examples read at each validation: answers, and texts that are to be labelled."""
 LONGEST_DEFAULT_SEQUENCE = 2048
 FORGETTING_BYTES = 100_000
 """Bytes of the test split on which the base's own loss is measured before and after; a document counts with its first
@@ -47,6 +49,11 @@ SAMPLE_TOKENS = 32
 LEARNING_RATES = {"lora": 4e-3, "full": 3e-4}
 """Peak learning rate by method at width 256, by a sweep on the docstring task; wider models want less (as the square
 root of the width)."""
+LABEL_LEARNING_RATES = {"lora": 2e-3, "full": 1e-4}
+"""The same of classifiers, not swept: usual values."""
+ROLES_LEARNING_RATE = 5e-4
+"""Of the matrices of a Scratch classifier that is trained in full, at width 256, by two tries on the exception task.
+Its other weights follow by their roles."""
 TOLERANCE = 1e-5
 """Of logits that are claimed to be equal."""
 
@@ -77,18 +84,29 @@ class LoraSection:
 class FinetuneSection:
     """What the model is taught, and how. Any field of transformers' TrainingArguments may stand here too."""
 
-    task: Literal["docstring", "sft"]
-    """docstring: a Python function → its docstring, from the data artifact; sft: instruction data of your own."""
+    task: Literal["docstring", "sft", "exception", "classification"]
+    """docstring: a Python function → its docstring, from the data artifact; sft: instruction data of your own;
+    exception: a piece of Python code → the exception that it catches, from the data artifact; classification: texts and
+    labels of your own."""
 
     method: Literal["lora", "full"] = "lora"
     """lora trains a small adapter beside the frozen model, full every weight."""
 
     data: str | None = None
     """For sft: a .json, .jsonl(.gz) or .parquet file, a folder of them, or a Hub dataset, with the columns `messages`,
-    or `prompt` and `completion`, or `instruction`, `input` and `output`."""
+    or `prompt` and `completion`, or `instruction`, `input` and `output`. For classification .csv and .tsv too, with a
+    column of texts and one of labels; files of a folder that are called train…, validation… (dev…) or test… are those
+    splits, as are a Hub dataset's."""
 
     data_split: str = "train"
-    """The split of a Hub dataset."""
+    """The split of a Hub dataset that is learnt from."""
+
+    text_column: str | None = None
+    """For classification: the column of texts; by the usual names (text, sentence, review …) if not given."""
+
+    label_column: str | None = None
+    """For classification: the column of labels, words or whole numbers; by the usual names (label, class …) if not
+    given."""
 
     base: str | None = None
     """The model folder to start from; the run's own `pretrain` if not given."""
@@ -106,8 +124,8 @@ class FinetuneSection:
     """For docstring: tokens that are kept free for the answer, however long the function."""
 
     too_long: Literal["truncate", "drop", "refuse"] = "truncate"
-    """What becomes of longer examples: cut (of a function the last lines, of a conversation the end), left out, or
-    exit 3. Each is counted."""
+    """What becomes of longer examples: cut (of a function the last lines, of a conversation or a text the end), left
+    out, or exit 3. Each is counted."""
 
     packing: bool = False
     """Whether examples share rows, each seeing only itself; pays off on a GPU with flash attention."""
@@ -116,10 +134,10 @@ class FinetuneSection:
     """For sft: a Jinja file with generation markers; the tokenizer's own template if not given, ours if it has none."""
 
     validation_fraction: float = 0.05
-    """For sft: the share of examples that is watched while training."""
+    """For sft, and classification without a validation file: the share of examples that is watched while training."""
 
     test_fraction: float = 0.05
-    """For sft: the share of examples that is held out for `evaluate`."""
+    """For sft, and classification without a test file: the share of examples that is held out for `evaluate`."""
 
     batch_size: int = 16
     """Examples (where they are packed: rows) an optimizer step, over all processes together."""
@@ -129,6 +147,10 @@ class FinetuneSection:
 
     lora: LoraSection = LoraSection()
     """The adapter's shape."""
+
+    resume: Literal["auto", "changed", "anew"] = "auto"
+    """What is done after an interruption. auto: go on from the last checkpoint, if nothing that affects the result has
+    changed since. changed: even then. anew: begin again."""
 
     early_stopping_patience: int | None = 3
     """Stop after this many validations without improvement; the best checkpoint is what is published."""
@@ -143,10 +165,20 @@ class FinetuneSection:
     )
 
     def __post_init__(self) -> None:
-        if self.task == "sft" and not self.data:
-            raise UsageError("finetune.data is not given; task sft needs a file, a folder or a Hub dataset")
-        if self.task == "docstring" and self.data:
-            raise UsageError("finetune.data is given, but task docstring takes its pairs from the data artifact")
+        if self.task in ("sft", "classification") and not self.data:
+            instead = "; for a task without data of your own take exception" if self.is_classifier else ""
+            raise UsageError(
+                f"finetune.data is not given; task {self.task} needs a file, a folder or a Hub dataset{instead}"
+            )
+        if self.task in ("docstring", "exception") and self.data:
+            what = "examples" if self.is_classifier else "pairs"
+            raise UsageError(f"finetune.data is given, but task {self.task} takes its {what} from the data artifact")
+        for name in ("text_column", "label_column"):
+            if getattr(self, name) is not None and self.task != "classification":
+                raise UsageError(f"finetune.{name} is given, but task {self.task} has no such column")
+        for name in ("packing", "chat_template"):
+            if getattr(self, name) and self.is_classifier:
+                raise UsageError(f"finetune.{name} is for tasks whose answers are text, and not for {self.task}")
         if self.method == "full" and self.adapter:
             raise UsageError("finetune.adapter is given, but method full trains no adapter; take method=lora")
         for name in ("sequence_length", "answer_tokens", "batch_size", "epochs", "early_stopping_patience"):
@@ -160,27 +192,36 @@ class FinetuneSection:
         if isinstance(steps, int) and steps <= 0:
             raise UsageError(f"finetune.max_steps is {steps}; it must be positive")
 
+    @property
+    def is_classifier(self) -> bool:
+        """Whether labels are learnt, and not answers."""
+        return self.task in ("exception", "classification")
+
 
 SECTIONS = {"finetune": FinetuneSection}
 
 
 def key_fields(recipe: Recipe) -> dict[str, Any]:
     """The fields that change the result."""
-    return {name: value for name, value in to_dict(recipe.section("finetune")).items() if name not in UNKEYED}
+    unkeyed = UNKEYED | {"resume"}
+    return {name: value for name, value in to_dict(recipe.section("finetune")).items() if name not in unkeyed}
 
 
 def inputs(recipe: Recipe, out: Path) -> list[str]:
     """The artifacts that this recipe's finetuning reads: the model unless it has a base of its own, and the data, for
-    the docstring pairs and for what is forgotten of it; sft does without data that is not there."""
+    tasks that take their examples from it and for what is forgotten of it; sft does without data that is not there, and
+    a classifier of other texts can forget nothing, because it writes none."""
     section: FinetuneSection = recipe.section("finetune")
-    needs_data = section.task == "docstring" or artifact.read_manifest(out / "data") is not None
+    needs_data = section.task in ("docstring", "exception") or (
+        section.task == "sft" and artifact.read_manifest(out / "data") is not None
+    )
     return (["data"] if needs_data else []) + ([] if section.base else ["pretrain"])
 
 
 def source_digests(recipe: Recipe, workspace: Workspace) -> dict[str, str]:
     """Digests of all that is read: artifacts, and the files of a foreign base, an adapter and instruction data."""
     from hfscratch.data import sources
-    from hfscratch.training import conversations
+    from hfscratch.training import tables
 
     section: FinetuneSection = recipe.section("finetune")
     found = {}
@@ -193,7 +234,8 @@ def source_digests(recipe: Recipe, workspace: Workspace) -> dict[str, str]:
         if path and Path(path).is_dir():
             files = [each for each in Path(path).iterdir() if each.suffix in (".safetensors", ".json", ".jinja")]
             read.append((name, Path(path), files))
-    if section.data and (files := conversations.files_of(section.data)):
+    formats = tables.EXTENSIONS if section.is_classifier else tables.RECORDS
+    if section.data and (files := tables.files_of(section.data, formats)):
         read.append(("data", files[0].parent, files))
     if section.chat_template and Path(section.chat_template).is_file():
         read.append(("chat_template", Path(section.chat_template).parent, [Path(section.chat_template)]))
@@ -210,47 +252,109 @@ def source_digests(recipe: Recipe, workspace: Workspace) -> dict[str, str]:
 
 def check(recipe: Recipe) -> None:
     """Checks libraries, arguments, the instruction data and a foreign base, before any stage works."""
+    from hfscratch.training import engines
+
+    engines.require_launch(whole_models="finetune")
     section: FinetuneSection = recipe.section("finetune")
-    _require_libraries()
-    _sft_config(section, Path("unused"), recipe.seed, max_steps=100, has_validation=True)
+    _require_libraries(section)
+    _trainer_arguments(section, Path("unused"), recipe.seed, max_steps=100, has_validation=True)
     if section.chat_template and not Path(section.chat_template).is_file():
         raise UsageError(f"finetune.chat_template: there is no file {section.chat_template}")
     if section.adapter and not (Path(section.adapter) / "adapter_config.json").is_file():
         raise UsageError(f"finetune.adapter: {section.adapter} holds no adapter (adapter_config.json)")
-    if section.data:
+    if section.adapter:
+        _require_adapter_of_task(section, Path(section.adapter))
+    if section.base is None:
+        _require_base_of_task(section, recipe)
+    labels = None
+    if section.task == "classification":
+        labels = _labelled(section, recipe.out / "data", recipe.seed).labels
+    elif section.data:
         from hfscratch.training import conversations
 
         conversations.read_examples(section.data, section.data_split)
     if section.base:
-        base = _load_base(section, Path(section.base))
+        # How many labels the data will have makes no difference to whether a base can be used.
+        base = _load_base(section, Path(section.base), labels or (["0", "1"] if section.is_classifier else None))
         _sequence_length(section, base.model.config)
+
+
+def _require_adapter_of_task(section: FinetuneSection, folder: Path) -> None:
+    """Raises: UsageError if the adapter was trained for a task of the other sort."""
+    from hfscratch.training import sft
+
+    needed, found = sft.task_type(is_classifier=section.is_classifier), sft.adapter_task_type(folder)
+    if found not in (needed, None):
+        raise UsageError(
+            f"finetune.adapter: the adapter in {folder} is for task_type {found}, and finetune.task={section.task} "
+            f"needs one for {needed}; give such a one, or leave it out"
+        )
+
+
+def _require_base_of_task(section: FinetuneSection, recipe: Recipe) -> None:
+    """Raises: UsageError if the run's own model, as it stands there or as the recipe describes it, cannot do this."""
+    from hfscratch import serving
+
+    pretrain = recipe.sections.get("pretrain")
+    is_masked = pretrain.is_masked if pretrain else serving.is_masked(recipe.out / "pretrain")
+    if is_masked and not section.is_classifier:
+        raise UsageError(
+            f"finetune.task is {section.task}, which teaches a model to write, and pretrain.objective is mlm; take "
+            "exception or classification, or objective clm"
+        )
+    if not section.is_classifier or pretrain is None or pretrain.init_from is not None:
+        return
+    model = recipe.sections.get("model")
+    if model and not serving.has_classifier(model.type):
+        raise UsageError(
+            f"finetune.task is {section.task}, and transformers has no classifier of texts for model.type "
+            f"'{model.type}'; take another type"
+        )
 
 
 @dataclass(frozen=True)
 class _Base:
-    """The model that finetuning starts from, as it was loaded."""
+    """The model that finetuning starts from, as it was loaded.
+
+    Attributes:
+        opens: a folder → model and tokenizer, as this one was opened: for the same labels, if it is a classifier.
+        fresh: of a classifier, the names of the weights that the folder has not.
+    """
 
     folder: Path
     model: Any
     tokenizer: Any
+    opens: Callable[[Path], tuple[Any, Any]]
+    fresh: Sequence[str] = ()
 
 
 def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
     """Trains, merges, proves, measures what was forgotten, publishes."""
-    _require_libraries()
+    section: FinetuneSection = recipe.section("finetune")
+    _require_libraries(section)
     import torch
     import transformers
     from datasets import Dataset
 
+    from hfscratch import serving
+    from hfscratch.planning.shape import matmul_parameters, training_flops_per_token
     from hfscratch.tokens.chat import set_chat_template
-    from hfscratch.training import batch, callbacks, checkpoints, precision, processes, sft
+    from hfscratch.training import (
+        batch,
+        callbacks,
+        classification,
+        engines,
+        guard,
+        optimizer,
+        precision,
+        processes,
+        sft,
+        watching,
+    )
     from hfscratch.training.examples import bytes_per_answer_token, training_order
-    from hfscratch.training.trainer import train_or_resume
+    from hfscratch.training.trainer import open_run, train_or_resume
 
-    section: FinetuneSection = recipe.section("finetune")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true" or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
-        raise MachineError("finetuning runs on whole models; launch it without FSDP and without ZeRO-3")
     started = time.perf_counter()
     digests = {}
     for stage in inputs(recipe, workspace.out):
@@ -259,32 +363,52 @@ def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
         digests[stage] = manifest["digest"]
 
     chosen = precision.choose_precision()  # before SFTConfig writes its own choice into the environment
-    checkpoint_folder = workspace.work / workspace.key[:16]
-    make_config = functools.partial(_sft_config, section, checkpoint_folder, recipe.seed)
-    make_config(max_steps=1, has_validation=False)  # joins the processes
+    make_config = functools.partial(_trainer_arguments, section, workspace.work / workspace.key[:16], recipe.seed)
+    arguments = make_config(max_steps=1, has_validation=False)  # joins the processes
     # What a process measures for itself, the first measures for all.
     if not processes.broadcast(workspace.is_stale, world_size):
         return []
     chosen = processes.broadcast(chosen, world_size)
+    training = open_run(
+        workspace, arguments, section="finetune", resume=section.resume, precision=chosen, guard=guard.Guard()
+    )
+    chosen = precision.as_before(chosen, training.facts["precision"])
 
-    base = _load_base(section, Path(section.base) if section.base else workspace.input("pretrain"))
+    data_folder = workspace.out / "data"
+    labelled = _labelled(section, data_folder, recipe.seed) if section.is_classifier else None
+    transformers.set_seed(recipe.seed)  # a classifier's head is drawn
+    base_folder = Path(section.base) if section.base else workspace.input("pretrain")
+    base = _load_base(section, base_folder, labelled.labels if labelled else None)
     model, tokenizer = base.model, base.tokenizer
     sequence_length = _sequence_length(section, model.config)
     if section.task == "sft":
         set_chat_template(tokenizer, Path(section.chat_template) if section.chat_template else None)
-    data_folder = workspace.out / "data"
-    examples = _examples(section, base, data_folder, sequence_length)
-    texts = _test_texts(data_folder) if "data" in digests else []
+    examples: Any
+    if labelled:
+        examples = classification.label_examples(
+            labelled, tokenizer, sequence_length=sequence_length, too_long=section.too_long
+        )
+        labelled = dataclasses.replace(labelled, splits=examples.texts)  # from here on, what is learnt from
+    else:
+        examples = _examples(section, base, data_folder, sequence_length)
+    texts = _test_texts(data_folder) if "data" in digests and not labelled else []
     before = _bits_per_byte(model, tokenizer, texts, "forgetting, before") if rank == 0 else None
+    cheap = _bag_of_words(examples) if labelled and rank == 0 else {}
 
     base_digest, num_parameters = sft.weights_digest(base.folder), model.num_parameters()
+    num_matmul = matmul_parameters(model)
     transformers.set_seed(recipe.seed)
     if section.method == "lora" and section.adapter:
         model = sft.load_adapter(model, Path(section.adapter), base_digest=base_digest, is_trainable=True)
     elif section.method == "lora":
         lora = section.lora
         model = sft.add_adapter(
-            model, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, target_modules=lora.target_modules
+            model,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            dropout=lora.dropout,
+            target_modules=lora.target_modules,
+            fresh=base.fresh if labelled else None,
         )
     num_trainable = sum(each.numel() for each in model.parameters() if each.requires_grad)
 
@@ -297,17 +421,18 @@ def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
     rows = [dataclasses.asdict(each) for each in examples.train]
     longest = sequence_length if section.packing else max(len(row["input_ids"]) for row in rows)
     rows_per_process = section.batch_size // world_size
-    micro_rows = processes.broadcast(batch.micro_batch_rows(rows_per_process, longest, model.config), world_size)
+    micro_rows = training.earlier.get("micro_rows") or processes.broadcast(
+        batch.micro_batch_rows(rows_per_process, longest, batch.activation_bytes_per_token(model.config)), world_size
+    )
+    training.facts["micro_rows"] = micro_rows
     if rank == 0:
-        checkpoints.drop_other_runs(workspace.work, checkpoint_folder)
-        artifact.make_folder(checkpoint_folder)
-        artifact.require_free_space(checkpoint_folder, 4 * (4 * num_trainable + 2 * num_parameters))
-    stop = callbacks.StopOnSignal()
+        artifact.require_free_space(training.folder, 4 * (4 * num_trainable + 2 * num_parameters))
     train_set = Dataset.from_list(rows)
     validation_set = None
     if examples.validation:
         # By length, because a batch is padded to its longest row.
-        watched = sorted(examples.validation[:MAX_EVAL_EXAMPLES], key=lambda each: len(each.input_ids))
+        most = MAX_EVAL_TEXTS if labelled else MAX_EVAL_EXAMPLES
+        watched = sorted(examples.validation[:most], key=lambda each: len(each.input_ids))
         validation_set = Dataset.from_list([dataclasses.asdict(each) for each in watched])
     num_rows = len(rows)
     if section.packing:
@@ -321,12 +446,22 @@ def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
         order = training_order(lengths, batch_size=section.batch_size, num_steps=max_steps, seed=recipe.seed)
         train_set = train_set.select(order)
     mean_length = sum(len(row["input_ids"]) for row in rows) / num_rows
-    progress = callbacks.ProgressBar(
-        tokens_per_step=round(mean_length * section.batch_size),
-        bytes_per_token=bytes_per_answer_token(tokenizer, examples.train),
-        eval_bytes_per_token=bytes_per_answer_token(tokenizer, examples.validation or examples.train),
-        label="finetune",
+    flops = training_flops_per_token(base.model, round(mean_length))  # by now with the adapter in it
+    if section.method == "lora":  # what is frozen needs no gradient, a third of its products
+        flops -= 2 * num_matmul
+    bytes_per_token = 0.0 if labelled else bytes_per_answer_token(tokenizer, examples.train)
+    watch = watching.Watch(
+        training.folder,
+        tokens_at=lambda steps: steps * round(mean_length * section.batch_size),
+        flops_at=lambda steps: steps * round(mean_length * section.batch_size) * flops,
+        bytes_per_token=None if labelled else lambda step: bytes_per_token,
+        eval_bytes_per_token=(
+            None if labelled else bytes_per_answer_token(tokenizer, examples.validation or examples.train)
+        ),
+        matrix_rate=precision.matrix_rate(chosen.name, world_size),
     )
+    # By the ratios that Scratch was pretrained with; what others were pretrained with is not known.
+    by_role = bool(labelled) and section.method == "full" and model.config.model_type == "scratch"
     config = make_config(
         max_steps=max_steps,
         has_validation=bool(examples.validation),
@@ -335,19 +470,21 @@ def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
         accumulation=rows_per_process // micro_rows,
         sequence_length=sequence_length,
         width=model.config.get_text_config().hidden_size,
+        by_role=by_role,
     )
-    trainer_callbacks: list[Any] = [stop, progress]
-    room = sequence_length - len(tokenizer(examples.sample_prompt, verbose=False)["input_ids"]) - 1
-    if examples.validation and room > 0:
-        trainer_callbacks.append(
-            callbacks.Samples(
-                tokenizer,
-                prompt=examples.sample_prompt,
-                max_new_tokens=min(SAMPLE_TOKENS, room),
-                seed=recipe.seed,
-                shows_prompt=False,
+    trainer_callbacks: list[Any] = [training.guard, callbacks.ProgressBar("finetune")]
+    if examples.validation and not labelled:
+        room = sequence_length - len(tokenizer(examples.sample_prompt, verbose=False)["input_ids"]) - 1
+        if room > 0:
+            trainer_callbacks.append(
+                callbacks.Samples(
+                    tokenizer,
+                    prompt=examples.sample_prompt,
+                    max_new_tokens=min(SAMPLE_TOKENS, room),
+                    seed=recipe.seed,
+                    shows_prompt=False,
+                )
             )
-        )
     if config.load_best_model_at_end and section.early_stopping_patience:
         trainer_callbacks.append(transformers.EarlyStoppingCallback(section.early_stopping_patience))
     plan = [
@@ -359,38 +496,51 @@ def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
         ("steps", f"{max_steps:,} of {section.batch_size} ({max_steps * section.batch_size / num_rows:.2g} epochs)"),
         ("precision", f"{chosen.name}, because {chosen.reason}"),
     ]
+    if labelled:
+        plan[1:1] = [("labels", labelled.shares)]
+        if base.fresh:
+            plan.append(("drawn anew", f"{', '.join(base.fresh)}: the base has none"))
     if rank == 0:
         logger.info("finetune will train:\n%s", "\n".join(f"  {label:<10} {value}" for label, value in plan))
 
+    way: Any = classification if labelled else sft
     with as_usage_errors("finetune"):
-        trainer = sft.FinetuneTrainer(
+        trainer = way.make_trainer(
             model=model,
             args=config,
-            train_dataset=train_set,
-            eval_dataset=validation_set,
-            processing_class=tokenizer,
-            callbacks=trainer_callbacks,
+            train_set=train_set,
+            validation_set=validation_set,
+            tokenizer=tokenizer,
+            callbacks=[*trainer_callbacks, watch],
         )
+    if by_role:
+        trainer.learning_rates = optimizer.default_learning_rates(model.config.hidden_size, config.learning_rate)
+    name = f"finetune-{workspace.key[:8]}"
+    watching.keep_trackers(trainer, workspace.out / "logs" / "finetune", project=recipe.name, name=name)
+    trainer.run = training
     trainer.remove_callback(transformers.PrinterCallback)
-    difference, loss = sft.loss_difference(trainer)
+    difference, loss = way.loss_difference(trainer)
     loss_proof = Proof(
         "the trainer's loss is the model's own, example by example",
         difference <= 1e-4 * max(1.0, loss),
-        f"{loss:.4f} nats an answer token, difference {difference:.1e}",
+        f"{loss:.4f} nats {'a label' if labelled else 'an answer token'}, difference {difference:.1e}",
     )
     if not loss_proof.holds:
         raise ProofFailed(
             f"finetune: the trainer's loss is not the model's own ({loss_proof.evidence}), so that training would "
             f"learn something else; {'try packing=false' if section.packing else 'this model type cannot be used'}"
         )
-    transformers.set_seed(recipe.seed)
+    transformers.set_seed(recipe.seed + rank)  # each process drops out other values
     before_training = time.perf_counter() - started
-    train_or_resume(trainer, checkpoint_folder, stop=stop, section="finetune")
+    train_or_resume(trainer, section="finetune")
+    trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    is_rounded = training.facts["engine"].startswith("zero")
+    state = engines.gather(trained, is_kept=rank == 0) if is_rounded else {}
     if rank != 0:
         processes.wait_for_everyone(world_size)
         return []
-
-    trained = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    if is_rounded:
+        _put_back_fp32(trained, base, state)
     probe = torch.tensor([max(examples.train, key=lambda each: len(each.input_ids)).input_ids], device=trained.device)
     reference = _logits(trained, probe)
     after_training = time.perf_counter()
@@ -402,35 +552,53 @@ def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
         else:
             trained.config.use_cache = base.model.config.use_cache = True  # switched off for training
             trained.save_pretrained(str(merged))
-            reloaded = _logits(_reload(merged, probe), probe)
-            proofs.append(_equal("the merged folder reloads to the trained model's logits", reloaded, reference))
-        _save_tokenizer(tokenizer, merged, model.config)
-        if (base.folder / "generation_config.json").is_file():
+            reloaded = _logits(_reload(section, merged, probe), probe)
+            claim = "the merged folder reloads to the trained model's logits"
+            proofs.append(_equal(claim, reloaded, reference, probe))
+        _save_tokenizer(tokenizer, merged, sequence_length if labelled else serving.context_of(model.config))
+        if (base.folder / "generation_config.json").is_file() and not labelled:
             shutil.copy(base.folder / "generation_config.json", merged)  # with the base's own settings
-        finetuned, merged_tokenizer = _load_folder(merged)
+        finetuned, merged_tokenizer = base.opens(merged)
         after = _bits_per_byte(finetuned, merged_tokenizer, texts, "forgetting, after")
+        if labelled:
+            for record, label in zip(examples.test, cheap["test"], strict=True):
+                record["bag_of_words"] = label
         with (folder / "test.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in examples.test)
-        history, samples = _history(trainer.state.log_history, progress)
+        history, samples = watching.curve(trainer.state.log_history)
         losses = [row["eval_loss"] for row in history if "eval_loss" in row]
         train_seconds = max((each.get("seconds", 0.0) for each in trainer.state.log_history), default=0.0)
         loads_best = config.load_best_model_at_end and trainer.state.best_model_checkpoint is not None
+        published_step = trainer.state.best_global_step if loads_best else trainer.state.global_step
+        label_figures = None
+        if labelled:
+            label_figures = _label_figures(labelled, examples, cheap, finetuned, merged_tokenizer, recipe.seed)
+            kept = next(
+                (row["eval_loss"] for row in history if row["step"] == published_step and "eval_loss" in row), None
+            )
+            label_figures["loss"] = {"before": losses[0], "after": kept} if losses else None
         metrics = {
             "task": section.task,
             "method": section.method,
             "trainable_parameters": num_trainable,
             "parameters": finetuned.num_parameters(),
             "steps": trainer.state.global_step,
-            "published_step": trainer.state.best_global_step if loads_best else trainer.state.global_step,
+            "published_step": published_step,
             "examples": examples.counts,
-            "answers": {"before": losses[0], "after": min(losses[1:] or losses)} if losses else None,
+            "answers": {"before": losses[0], "after": min(losses[1:] or losses)} if losses and not labelled else None,
             "forgetting": {"split": "test", "before": before, "after": after} if texts else None,
+            "labels": label_figures,
             "most_frequent_answer": examples.frequent_answer,
             "train_seconds": train_seconds,
             "precision": chosen.name,
             "processes": world_size,
+            "engine": training.facts["engine"],
+            "watched": watch.summary(history),
         }
-        artifact.write_json(folder / "metrics.json", {**metrics, "history": history, "samples": samples, "plan": plan})
+        artifact.write_json(
+            folder / "metrics.json",
+            {**metrics, "history": history, "samples": samples, "plan": plan, "resumes": watch.resumes},
+        )
         workspace.publish(
             folder,
             section=key_fields(recipe),
@@ -443,20 +611,20 @@ def run(recipe: Recipe, workspace: Workspace) -> list[tuple[str, str]]:
                 "publish": time.perf_counter() - after_training,
             },
         )
-        shutil.rmtree(checkpoint_folder, ignore_errors=True)
+        shutil.rmtree(training.folder, ignore_errors=True)
     processes.wait_for_everyone(world_size)
-    return _rows(metrics, plan)
+    return [*_rows(metrics, plan), ("energy", watching.energy_in_words(metrics["watched"]))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The parts of `run`
 
 
-def _require_libraries() -> None:
+def _require_libraries(section: FinetuneSection) -> None:
     import transformers
 
-    for package in ("trl", "peft"):
-        if importlib.util.find_spec(package) is None:
+    for module, package in (("trl", "trl"), ("peft", "peft"), ("sklearn", "scikit-learn")):
+        if importlib.util.find_spec(module) is None and (module != "sklearn" or section.is_classifier):
             raise missing_extra(package, "finetune")
     if int(transformers.__version__.split(".")[0]) < 5:
         raise MachineError(f"finetuning needs transformers 5, and {transformers.__version__} is installed")
@@ -469,8 +637,18 @@ def _load_folder(folder: Path) -> tuple[Any, Any]:
     return model.float(), tokenizer
 
 
-def _load_base(section: FinetuneSection, folder: Path) -> _Base:
-    """The base in fp32. Raises: UsageError if its tokenizer is another model's, or it is no model at all."""
+def _load_classifier(labels: Sequence[str], folder: Path) -> tuple[Any, Any]:
+    from hfscratch import serving
+
+    model, tokenizer, _ = serving.load_classifier(folder, labels)
+    return model, tokenizer
+
+
+def _load_base(section: FinetuneSection, folder: Path, labels: Sequence[str] | None) -> _Base:
+    """The base in fp32, with a head for these labels, if there are any.
+
+    Raises: UsageError if its tokenizer is another model's, or it is no model at all.
+    """
     if (folder / "adapter_config.json").is_file():
         raise UsageError(
             f"finetune.base: {folder} holds an adapter; give the model it was made for as finetune.base, and the "
@@ -478,12 +656,22 @@ def _load_base(section: FinetuneSection, folder: Path) -> _Base:
         )
     if not folder.is_dir():
         raise UsageError(f"finetune.base: there is no model folder at {folder}")
-    model, tokenizer = _load_folder(folder)
+    fresh: Sequence[str] = ()
+    if labels is None:
+        model, tokenizer = _load_folder(folder)
+    else:
+        from hfscratch import serving
+
+        model, tokenizer, fresh = serving.load_classifier(folder, labels)
+        # Types that read the first token, or count positions from it, would otherwise read padding.
+        tokenizer.padding_side = tokenizer.truncation_side = "right"
+        if tokenizer.pad_token_id is None:
+            raise UsageError(f"the tokenizer in {folder} has no padding token, so texts cannot share a batch")
     compared = []
     for name in ("bos_token_id", "eos_token_id"):
         ours = getattr(tokenizer, name)
         declared: set[Any] = set()
-        for config in (model.config, model.generation_config):
+        for config in (model.config, getattr(model, "generation_config", None)):
             value = getattr(config, name, None)
             declared |= set(value if isinstance(value, list) else [value])
         declared.discard(None)
@@ -495,11 +683,13 @@ def _load_base(section: FinetuneSection, folder: Path) -> _Base:
             f"the tokenizer in {folder} is another model's: its {name} is {ours}, and the model's is "
             f"{', '.join(map(str, sorted(theirs)))}; put the tokenizer there that the model was trained with"
         )
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None and labels is None:
         raise UsageError(f"the tokenizer in {folder} has no end-of-text token, so an answer could not be ended")
     if not getattr(tokenizer, "is_fast", False):
         raise UsageError(f"the tokenizer in {folder} has no tokenizer.json, which finetuning needs")
-    return _Base(folder, model, tokenizer)
+    if labels is None:
+        return _Base(folder, model, tokenizer, _load_folder)
+    return _Base(folder, model, tokenizer, functools.partial(_load_classifier, labels), fresh)
 
 
 def _examples(section: FinetuneSection, base: _Base, data: Path, sequence_length: int) -> Any:
@@ -531,6 +721,30 @@ def _examples(section: FinetuneSection, base: _Base, data: Path, sequence_length
     return made
 
 
+def _labelled(section: FinetuneSection, data: Path, seed: int) -> Any:
+    """The texts and labels that a classifier is made from, in their splits."""
+    from hfscratch.training import classification
+
+    if section.task == "exception":
+        clauses = classification.read_clauses({split: _documents(data, split) for split in classification.SPLITS})
+        made = classification.split_texts(clauses, validation_fraction=0.0, test_fraction=0.0, seed=seed)
+        return dataclasses.replace(made, has_holes=True)
+    assert section.data is not None
+    found, order, left_out = classification.read_texts(
+        section.data, section.data_split, text_column=section.text_column, label_column=section.label_column
+    )
+    labelled = classification.split_texts(
+        found,
+        order,
+        validation_fraction=section.validation_fraction,
+        test_fraction=section.test_fraction,
+        seed=seed,
+    )
+    if left_out:
+        labelled.counts["all"] = {"found": sum(map(len, found.values())) + sum(left_out.values()), **left_out}
+    return labelled
+
+
 def _documents(data: Path, split: str) -> Iterator[tuple[str, str]]:
     from hfscratch import tokens
 
@@ -551,7 +765,7 @@ def _sequence_length(section: FinetuneSection, config: Any) -> int:
     return section.sequence_length
 
 
-def _sft_config(
+def _trainer_arguments(
     section: FinetuneSection,
     folder: Path,
     seed: int,
@@ -563,13 +777,17 @@ def _sft_config(
     accumulation: int = 1,
     sequence_length: int = 256,
     width: int = 256,
+    by_role: bool = False,
 ) -> Any:
     import torch
+    from transformers import TrainingArguments
     from trl import SFTConfig
 
+    rates = LABEL_LEARNING_RATES if section.is_classifier else LEARNING_RATES
+    rate = ROLES_LEARNING_RATE if by_role else rates[section.method]
     every = max(1, math.ceil(max_steps / NUM_EVALUATIONS))
     values: dict[str, Any] = {
-        "learning_rate": LEARNING_RATES[section.method] * math.sqrt(256 / width),
+        "learning_rate": rate * math.sqrt(256 / width),
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
         "warmup_steps": max(1, max_steps // 20),
@@ -582,7 +800,6 @@ def _sft_config(
         "save_steps": every,
         "save_total_limit": 2,
         "report_to": "none",
-        "activation_checkpointing": False,
         "train_sampling_strategy": "random" if section.packing else "sequential",  # of an order of our own
     }
     values |= section.arguments
@@ -602,17 +819,22 @@ def _sft_config(
         "per_device_train_batch_size": micro_rows,
         "per_device_eval_batch_size": micro_rows,
         "gradient_accumulation_steps": accumulation,
-        "max_length": sequence_length if section.packing else None,
-        "packing": section.packing,
-        "dataset_kwargs": {"skip_prepare_dataset": not section.packing},
-        "metric_for_best_model": values.get("metric_for_best_model", "eval_loss"),
-        "greater_is_better": values.get("greater_is_better", False),
-        "prediction_loss_only": True,
+        # A classifier that overfits grows surer of its mistakes, so that its loss rises long before its accuracy falls.
+        "metric_for_best_model": "eval_accuracy" if section.is_classifier else "eval_loss",
+        "greater_is_better": section.is_classifier,
+        "prediction_loss_only": not section.is_classifier,
         "restore_callback_states_from_checkpoint": True,
         "disable_tqdm": True,
     }
     with as_usage_errors("finetune"):
-        return SFTConfig(**values)
+        if section.is_classifier:
+            return TrainingArguments(**values)
+        return SFTConfig(
+            **{"activation_checkpointing": False} | values,
+            max_length=sequence_length if section.packing else None,
+            packing=section.packing,
+            dataset_kwargs={"skip_prepare_dataset": not section.packing},
+        )
 
 
 def _test_texts(data: Path) -> list[str]:
@@ -634,6 +856,66 @@ def _bits_per_byte(model: Any, tokenizer: Any, texts: Sequence[str], label: str)
     return score_texts(model, tokenizer, texts, progress=label).bits_per_byte if texts else None
 
 
+def _bag_of_words(examples: Any) -> dict[str, list[str]]:
+    """What the words of held-out texts alone say of their labels."""
+    from hfscratch.evaluation import labels
+
+    texts = {split: [each.text for each in found] for split, found in examples.texts.items()}
+    predict = labels.bag_of_words(texts["train"], [each.label for each in examples.texts["train"]])
+    return {split: predict(texts[split]) for split in ("validation", "test")}
+
+
+def _label_figures(
+    labelled: Any, examples: Any, cheap: Mapping[str, Sequence[str]], model: Any, tokenizer: Any, seed: int
+) -> dict[str, Any]:
+    """The labels, how many texts have each, and figures on the whole validation split beside those of cheap guesses."""
+    from hfscratch import serving
+    from hfscratch.evaluation import answers, labels
+
+    found = {"names": labelled.labels, "counts": labelled.label_counts, "validation": None, "comparisons": []}
+    texts = examples.texts["validation"]
+    if not texts:
+        return found
+    logits = labels.label_logits(
+        model,
+        tokenizer,
+        [each.text for each in texts],
+        context=serving.context_of(model.config),
+        progress="validation",
+    )
+    compared = answers.compare(
+        {"finetune": labels.likeliest(model, logits)},
+        [
+            answers.Question(each.id, each.text, each.label, bag_of_words=label)
+            for each, label in zip(texts, cheap["validation"], strict=True)
+        ],
+        metrics=tuple(labels.METRICS),
+        most_frequent=labelled.frequent_label,
+        seed=seed,
+    )
+    return found | {"validation": compared.summaries, "comparisons": compared.comparisons}
+
+
+def _put_back_fp32(trained: Any, base: _Base, state: Mapping[str, Any]) -> None:
+    """DeepSpeed leaves the rounded weights that it computes with. What was trained is that of its optimizer, and the
+    rest that of the base."""
+    fresh, _ = base.opens(base.folder)
+    frozen = dict(fresh.named_parameters()) | dict(fresh.named_buffers())
+
+    def of_base(name: str) -> Any:
+        return frozen.get(name.removeprefix("base_model.model.").replace(".base_layer.", "."))
+
+    trained.float()
+    for name, parameter in trained.named_parameters():
+        whole = state[name] if parameter.requires_grad else of_base(name)
+        if whole is None:  # an adapter's own, which is not trained
+            continue
+        parameter.data = whole.detach().to(parameter.device, parameter.dtype)
+    for name, buffer in trained.named_buffers():
+        if (whole := of_base(name)) is not None:
+            buffer.data = whole.detach().to(buffer.device)
+
+
 def _publish_adapter(
     trained: Any, base: _Base, folder: Path, base_digest: str, section: FinetuneSection, probe: Any, reference: Any
 ) -> list[Proof]:
@@ -642,19 +924,19 @@ def _publish_adapter(
 
     # A model of the run itself is named as the recipe's `out` has it, which is right from where the recipe was run.
     sft.save_adapter(trained, folder / "adapter", base=section.base or str(base.folder), base_digest=base_digest)
-    fresh, _ = _load_folder(base.folder)
+    fresh, _ = base.opens(base.folder)
     adapted = sft.load_adapter(fresh, folder / "adapter", base_digest=base_digest).to(probe.device)
     adapter_logits = _logits(adapted, probe)
     precise = _logits(adapted.double(), probe)
     merged = adapted.float().merge_and_unload(safe_merge=True)
     merged.config.use_cache = True
     merged.save_pretrained(str(folder / "merged"))
-    reloaded = _reload(folder / "merged", probe)
+    reloaded = _reload(section, folder / "merged", probe)
     in_fp32 = (_logits(reloaded, probe) - adapter_logits).abs().max().item()
     # In fp64, because the two add the same numbers up in another order, and fp32 rounds each sum.
     difference = (_logits(reloaded.double(), probe) - precise).abs().max().item()
     return [
-        _equal("the published adapter on its base gives the trained model's logits", adapter_logits, reference),
+        _equal("the published adapter on its base gives the trained model's logits", adapter_logits, reference, probe),
         Proof(
             "the merged model gives the logits of the adapter on its base",
             difference <= TOLERANCE,
@@ -663,17 +945,18 @@ def _publish_adapter(
     ]
 
 
-def _equal(claim: str, one: Any, other: Any) -> Proof:
+def _equal(claim: str, one: Any, other: Any, probe: Any) -> Proof:
     difference = (one - other).abs().max().item()
     scale = max(1.0, other.abs().max().item())
-    return Proof(claim, difference <= TOLERANCE * scale, f"max |Δlogit| {difference:.1e}, {one.shape[1]} tokens")
+    return Proof(claim, difference <= TOLERANCE * scale, f"max |Δlogit| {difference:.1e}, {probe.shape[1]} tokens")
 
 
-def _reload(folder: Path, probe: Any) -> Any:
-    from transformers import AutoModelForCausalLM
+def _reload(section: FinetuneSection, folder: Path, probe: Any) -> Any:
+    """The model of a folder, by nothing but transformers."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    model: Any = AutoModelForCausalLM.from_pretrained(str(folder), use_safetensors=True)
-    return model.to(probe.device)
+    cls: Any = AutoModelForSequenceClassification if section.is_classifier else AutoModelForCausalLM
+    return cls.from_pretrained(str(folder), use_safetensors=True).to(probe.device)
 
 
 def _logits(model: Any, input_ids: Any) -> Any:
@@ -681,20 +964,19 @@ def _logits(model: Any, input_ids: Any) -> Any:
 
     model.eval()
     with torch.no_grad():
-        return model(input_ids=input_ids).logits.double().cpu()  # (1, seq, vocab)
+        return model(input_ids=input_ids).logits.double().cpu()  # (1, seq, vocab), or (1, labels)
 
 
-def _save_tokenizer(tokenizer: Any, folder: Path, config: Any) -> None:
-    from hfscratch import serving, tokens
+def _save_tokenizer(tokenizer: Any, folder: Path, most_tokens: int | None) -> None:
+    from hfscratch import tokens
 
-    context = serving.context_of(config)
-    if context is not None:
-        tokenizer.model_max_length = context
+    if most_tokens is not None:
+        tokenizer.model_max_length = most_tokens
     tokens.save_tokenizer(tokenizer, folder)
 
 
 def _disjoint_proof(section: FinetuneSection, examples: Any) -> Proof:
-    what = "function" if section.task == "docstring" else "question"
+    what = {"docstring": "function", "sft": "question"}.get(section.task, "text")
     return Proof(
         f"no {what} of the test split was trained on",
         examples.num_shared == 0,
@@ -702,27 +984,27 @@ def _disjoint_proof(section: FinetuneSection, examples: Any) -> Proof:
     )
 
 
-def _history(log: Sequence[Mapping[str, Any]], progress: Any) -> tuple[list[Any], list[Any]]:
-    """The Trainer's log as `(history, samples)`: a row a logged step, losses of the answers alone."""
-    rows: dict[int, dict[str, Any]] = {}
-    samples = []
-    for entry in log:
-        if "sample" in entry:
-            samples.append({"step": entry["step"], "text": entry["sample"]})
-            continue
-        row = rows.setdefault(entry["step"], {"step": entry["step"]})
-        for name in ("loss", "grad_norm", "learning_rate", "eval_loss", "seconds"):
-            if name in entry:
-                row[name] = entry[name]
-        if "loss" in entry:
-            row["bits_per_byte"] = progress.to_bits_per_byte(entry["loss"])
-        if "eval_loss" in entry:
-            row["eval_bits_per_byte"] = progress.eval_bits_per_byte(entry["eval_loss"])
-    return [rows[step] for step in sorted(rows) if rows[step].keys() & {"loss", "eval_loss"}], samples
+def _label_rows(labels: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Accuracy and macro F1 of the classifier and of cheap guesses, on the validation split."""
+    if labels["validation"] is None:
+        return []
+    names = {"finetune": "", "most_frequent_answer": "always the most frequent ", "bag_of_words": "bag of words "}
+    rows = []
+    for metric, label in (("accuracy", "accuracy"), ("macro_f1", "macro F1")):
+        told = []
+        for who, name in names.items():
+            figure = labels["validation"][who][metric]
+            told.append(f"{name}{figure['value']:.3f} ({figure['interval'][0]:.3f} to {figure['interval'][1]:.3f})")
+        rows.append((f"{label}, validation", "; ".join(told)))
+    for each in labels["comparisons"]:
+        if (each["metric"], each["over"]) == ("accuracy", "bag_of_words"):
+            low, high = each["interval"]
+            rows.append(("accuracy over bag of words", f"{each['difference']:+.3f} ({low:+.3f} to {high:+.3f})"))
+    return rows
 
 
 def _rows(metrics: Mapping[str, Any], plan: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    rows = [("task", plan[0][1]), ("method", plan[1][1])]
+    rows = [row for row in plan if row[0] in ("task", "labels", "method")]
     left_out = {
         f"{reason}, {split}": count
         for split, found in metrics["examples"].items()
@@ -731,6 +1013,8 @@ def _rows(metrics: Mapping[str, Any], plan: Sequence[tuple[str, str]]) -> list[t
     }
     if left_out:
         rows.append(("not as found", "; ".join(f"{count:,} {reason}" for reason, count in left_out.items())))
+    if metrics["labels"]:
+        rows += _label_rows(metrics["labels"])
     if metrics["answers"]:
         before, after = (metrics["answers"][when] for when in ("before", "after"))
         rows.append(("answers, validation", f"{before:.3f} → {after:.3f} nats a token"))

@@ -264,9 +264,9 @@ def _onnx_files(
 
     Raises: UsageError if they were made of another model.
     """
-    if not section.onnx or "export" not in manifests:
+    exported = manifests.get("export", {})
+    if not section.onnx or "onnx" not in exported.get("metrics", {}):
         return {}
-    exported = manifests["export"]
     if exported["inputs"].get(source) != manifests.get(source, {}).get("digest"):
         raise UsageError(
             f"{workspace.out / 'export'} was made of another model than {workspace.out / source}; run `hfscratch "

@@ -1,88 +1,81 @@
-"""What a person sees while training runs, and what happens when it is told to stop."""
+"""What a person sees while training runs."""
 
 from __future__ import annotations
 
 import logging
-import math
-import signal
 import sys
-import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from hfscratch.training.watching import EVAL_BITS_OF, EVAL_LOSS_OF
+
 logger = logging.getLogger(__name__)
+
+MOST_SOURCES = 6
+"""Sources in the line of a validation; `metrics.json` has all."""
 
 
 class ProgressBar(TrainerCallback):
-    """One bar on rank 0: steps, time left, loss, bits per byte, tokens a second.
+    """One bar on rank 0: steps, time left, and what `watching.Watch` puts into the log.
 
     Args:
-        tokens_per_step: of all processes together.
-        bytes_per_token: of the train split; turns loss into bits per byte.
-        eval_bytes_per_token: of the validation split.
         label: what stands before the bar.
     """
 
-    def __init__(
-        self,
-        *,
-        tokens_per_step: int,
-        bytes_per_token: float,
-        eval_bytes_per_token: float | None = None,
-        label: str = "pretrain",
-    ) -> None:
-        self.tokens_per_step, self.bytes_per_token, self.label = tokens_per_step, bytes_per_token, label
-        self.eval_bytes_per_token = eval_bytes_per_token or bytes_per_token
+    def __init__(self, label: str) -> None:
+        self.label = label
         self.bar: tqdm | None = None
-        self._started = self._seconds_before = 0.0
-        self._first_step = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.label, unit="step")
-        self._started, self._first_step = time.perf_counter(), state.global_step
-        self._seconds_before = max((entry.get("seconds", 0.0) for entry in state.log_history), default=0.0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if state.log_history:
-            # Saved with every checkpoint, so that the time of an interrupted run adds up.
-            state.log_history[-1]["seconds"] = self._seconds_before + time.perf_counter() - self._started
         if self.bar is None or not logs:
             return
         if "loss" in logs:
-            seconds = time.perf_counter() - self._started
-            rate = (state.global_step - self._first_step) * self.tokens_per_step / seconds
-            self.bar.set_postfix_str(
-                f"loss {logs['loss']:.3f}, {self.to_bits_per_byte(logs['loss']):.3f} bits/byte, {rate:,.0f} tokens/s",
-                refresh=False,
-            )
-        if "eval_loss" in logs:
+            parts = [f"loss {logs['loss']:.3f}"]
+            if "bits_per_byte" in logs:
+                parts.append(f"{logs['bits_per_byte']:.3f} bits/byte")
+            if "tokens_per_s" in logs:
+                parts.append(f"{logs['tokens_per_s']:,.0f} tokens/s, MFU {100 * logs['mfu']:.0f} %")
+            self.bar.set_postfix_str(", ".join(parts), refresh=False)
+        if "eval_accuracy" in logs:
             tqdm.write(
-                f"  step {state.global_step}: validation {self.eval_bits_per_byte(logs['eval_loss']):.3f} bits/byte "
+                f"  step {state.global_step}: validation accuracy {logs['eval_accuracy']:.3f} "
                 f"(loss {logs['eval_loss']:.3f})",
                 file=sys.stderr,
             )
+        elif "eval_loss" in logs:
+            gap = f", {logs['eval_gap']:+.3f} against train" if "eval_gap" in logs else ""
+            if "eval_bits_per_byte" in logs:
+                found = f"{logs['eval_bits_per_byte']:.3f} bits/byte{gap} (loss {logs['eval_loss']:.3f})"
+            else:
+                right = f", {logs['eval_masked_accuracy']:.1%} right" if "eval_masked_accuracy" in logs else ""
+                found = f"loss {logs['eval_loss']:.3f} at masked tokens{gap}{right}"
+            tqdm.write(f"  step {state.global_step}: validation {found}{_by_source(logs)}", file=sys.stderr)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
 
-    def to_bits_per_byte(self, loss: float) -> float:
-        """Mean nats a token of the train split → bits a byte."""
-        return loss / math.log(2) / self.bytes_per_token
 
-    def eval_bits_per_byte(self, loss: float) -> float:
-        """Mean nats a token of the validation split → bits a byte."""
-        return loss / math.log(2) / self.eval_bytes_per_token
+def _by_source(logs: Mapping[str, float]) -> str:
+    """What the validation line says of each source, if there are several."""
+    kind = EVAL_BITS_OF if "eval_bits_per_byte" in logs else EVAL_LOSS_OF
+    found = {name.removeprefix(kind): value for name, value in logs.items() if name.startswith(kind)}
+    more = f"; and {len(found) - MOST_SOURCES} more" if len(found) > MOST_SOURCES else ""
+    return "".join(f"; {source} {value:.3f}" for source, value in list(found.items())[:MOST_SOURCES]) + more
 
 
 class Samples(TrainerCallback):
@@ -100,7 +93,7 @@ class Samples(TrainerCallback):
         self.shows_prompt = shows_prompt
 
     def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or self.max_new_tokens == 0 or _is_partitioned(model):
+        if not state.is_world_process_zero or self.max_new_tokens == 0 or is_partitioned(model):
             return
         ids = [self.tokenizer.bos_token_id, *self.tokenizer.encode(self.prompt, add_special_tokens=False)]
         inputs = torch.tensor([ids], device=model.device)  # (1, seq)
@@ -124,36 +117,6 @@ class Samples(TrainerCallback):
         tqdm.write("    " + " ".join(text.split())[:110], file=sys.stderr)
 
 
-class StopOnSignal(TrainerCallback):
-    """On SIGTERM to any process: save a checkpoint at the end of the running step and stop, all processes together.
-
-    `stopped` then tells the stage.
-    """
-
-    def __init__(self) -> None:
-        self.stopped = False
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._previous = signal.signal(signal.SIGTERM, self._note)
-
-    def _note(self, signum: int, frame: Any) -> None:
-        self.stopped = True
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            # Signals reach processes at different steps; one that saves while another trains on would wait for ever.
-            flag = torch.tensor(float(self.stopped), device=args.device)
-            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-            self.stopped = bool(flag.item())
-        if self.stopped:
-            control.should_save = True
-            control.should_training_stop = True
-        return control
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        signal.signal(signal.SIGTERM, self._previous)
-
-
-def _is_partitioned(model: Any) -> bool:
-    """Whether ZeRO-3 holds only a part of each parameter here, so that one rank alone cannot generate."""
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+def is_partitioned(model: Any) -> bool:
+    """Whether ZeRO-3 or FSDP holds only a part of each parameter here, so that one rank alone cannot generate."""
+    return any(hasattr(parameter, "ds_id") or isinstance(parameter, DTensor) for parameter in model.parameters())

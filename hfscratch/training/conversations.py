@@ -6,19 +6,15 @@ tokenizer: an example is a list of messages, or two pieces of text to be joined 
 
 from __future__ import annotations
 
-import gzip
-import json
-import re
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from hfscratch import artifact
-from hfscratch.errors import DataError, MachineError, UsageError
+from hfscratch.errors import DataError
+from hfscratch.training import tables
 
-EXTENSIONS = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
+EXTENSIONS = tables.RECORDS
 LAYOUTS = {
     "messages": ("messages",),
     "prompt": ("prompt", "completion"),
@@ -27,8 +23,6 @@ LAYOUTS = {
 """The columns that make each layout; alpaca's `input` may be missing."""
 NEEDED = "`messages`, or `prompt` and `completion`, or `instruction`, `input` and `output`"
 ROLES = ("system", "user", "assistant", "tool")
-HUB_TIMEOUT_S = 10
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True)
@@ -56,33 +50,15 @@ class Example:
         return str(self.messages[-1]["content"]) if self.messages else self.completion
 
 
-def files_of(path: str) -> list[Path]:
-    """The data files that `path` names: itself, or those in the folder; empty for what must be a Hub id.
-
-    Raises: UsageError if there is no such thing, or nothing in it that can be read.
-    """
-    found = Path(path).expanduser()
-    if found.is_dir():
-        files = sorted(each for each in found.iterdir() if each.is_file() and each.name.lower().endswith(EXTENSIONS))
-        if not files:
-            raise UsageError(f"finetune.data: {path} holds no file that can be read ({' '.join(EXTENSIONS)})")
-        return files
-    if found.is_file():
-        if not found.name.lower().endswith(EXTENSIONS):
-            raise UsageError(f"finetune.data: {path} cannot be read; the formats are {' '.join(EXTENSIONS)}")
-        return [found]
-    if not _HUB_ID.fullmatch(path) or path.lower().endswith(EXTENSIONS):
-        raise UsageError(f"finetune.data: there is no file or folder {path}; give one, or the id of a Hub dataset")
-    return []
-
-
 def read_examples(path: str, split: str = "train") -> tuple[list[Example], dict[str, int]]:
     """The examples of a file, a folder or a Hub dataset, in order, and `{reason: count}` of the rows left out.
 
     Raises: DataError if a file cannot be read, columns are not as needed, or no example is left.
     """
-    files = files_of(path)
-    batches = [(str(each), list(_read(each))) for each in files] if files else [(path, _hub_rows(path, split))]
+    files = tables.files_of(path, EXTENSIONS)
+    batches = [(str(each), list(tables.read_rows(each))) for each in files]
+    if not files:
+        batches = [(path, list(tables.hub_dataset(path, split)))]
     examples: list[Example] = []
     left_out: dict[str, int] = {}
     for where, rows in batches:
@@ -102,50 +78,6 @@ def read_examples(path: str, split: str = "train") -> tuple[list[Example], dict[
         reasons = "; ".join(f"{count} rows: {reason}" for reason, count in left_out.items()) or "it has no rows"
         raise DataError(f"finetune.data: {path} gives no example to learn from ({reasons})")
     return examples, left_out
-
-
-def _read(path: Path) -> Iterator[Any]:
-    name = path.name.lower()
-    try:
-        if name.endswith(".parquet"):
-            import pyarrow as pa
-            import pyarrow.parquet as pq
-
-            try:
-                yield from pq.read_table(path).to_pylist()
-            except pa.ArrowException as error:
-                raise ValueError(str(error)) from None
-            return
-        raw = path.read_bytes()
-        text = (gzip.decompress(raw) if name.endswith(".gz") else raw).decode("utf-8-sig")
-        if text.lstrip()[:1] == "[":
-            yield from json.loads(text)
-            return
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"line {number} is not JSON ({error.msg})") from None
-    except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"finetune.data: {path} cannot be read: {' '.join(str(error).split())}") from None
-
-
-def _hub_rows(name: str, split: str) -> list[Any]:
-    import datasets
-    import huggingface_hub
-
-    try:
-        # Asked once and without retries, because loading would try for half a minute where there is no network.
-        huggingface_hub.HfApi().dataset_info(name, timeout=HUB_TIMEOUT_S)
-        return list(datasets.load_dataset(name, split=split))
-    except ValueError as error:
-        raise UsageError(f"finetune.data '{name}': {' '.join(str(error).split())[:200]}") from None
-    except Exception as error:  # whatever the network layer raises: no route, no name, timeout, proxy, offline mode
-        raise MachineError(
-            f"finetune.data '{name}' is neither a file nor a folder here, and the Hub gives no such dataset "
-            f"({type(error).__name__}); correct it, or look at the network"
-        ) from error
 
 
 def _layout(rows: Sequence[Any], where: str) -> str:

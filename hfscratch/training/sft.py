@@ -23,12 +23,28 @@ from hfscratch.errors import UsageError
 from hfscratch.training.examples import IGNORED_LABEL
 from hfscratch.training.trainer import TrainerMixin
 
+HEADS = {"classifier", "score"}
+"""Names of classifiers' heads, which PEFT trains whole by itself."""
 BASE_FILE = "base.json"
 """In an adapter's folder: which weights it was trained on."""
 
 
 class FinetuneTrainer(TrainerMixin, SFTTrainer):
     """TRL's supervised trainer with our checkpoints."""
+
+
+def make_trainer(
+    *, model: Any, args: Any, train_set: Any, validation_set: Any, tokenizer: Any, callbacks: Sequence[Any]
+) -> FinetuneTrainer:
+    """The trainer of answers."""
+    return FinetuneTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_set,
+        eval_dataset=validation_set,
+        processing_class=tokenizer,
+        callbacks=list(callbacks),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -75,11 +91,20 @@ def loss_difference(trainer: Any, num_examples: int = 4) -> tuple[float, float]:
 # Adapters
 
 
-def add_adapter(model: Any, *, rank: int, alpha: float, dropout: float, target_modules: Sequence[str] | None) -> Any:
+def add_adapter(
+    model: Any,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    target_modules: Sequence[str] | None,
+    fresh: Sequence[str] | None = None,
+) -> Any:
     """The model with a fresh LoRA adapter, which alone is trainable.
 
     Args:
         target_modules: names of layers; every linear layer but the head if None.
+        fresh: of a classifier: its weights that were drawn anew, whose modules are trained and kept whole.
 
     Raises: UsageError for layers that are not there or must not be adapted.
     """
@@ -93,12 +118,19 @@ def add_adapter(model: Any, *, rank: int, alpha: float, dropout: float, target_m
                     f"finetune.lora.target_modules has '{target}', the model's {what}; an adapter there would be "
                     "ignored by the loss, or corrupt the merged model, so leave it out"
                 )
+    for target in target_modules or ():
+        if fresh is not None and target.partition(".")[0] in HEADS:
+            raise UsageError(
+                f"finetune.lora.target_modules has '{target}', the classifier's head, which is trained whole anyway; "
+                "leave it out"
+            )
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=task_type(is_classifier=fresh is not None),
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]
         lora_dropout=dropout,
         target_modules=list(target_modules) if target_modules else "all-linear",
+        modules_to_save=None if fresh is None else _modules_of(fresh),
         # gpt2's layers hold their matrices transposed
         fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
     )
@@ -111,6 +143,22 @@ def add_adapter(model: Any, *, rank: int, alpha: float, dropout: float, target_m
             f"finetune.lora.target_modules {list(target_modules or ())} fit no layer of this model; its linear layers "
             f"are {', '.join(linear)} ({' '.join(str(error).split())[:120]})"
         ) from None
+
+
+def task_type(*, is_classifier: bool) -> str:
+    """What PEFT calls the task of an adapter."""
+    return "SEQ_CLS" if is_classifier else "CAUSAL_LM"
+
+
+def adapter_task_type(folder: Path) -> str | None:
+    """The same, of the adapter in a folder; None if it does not say."""
+    return _read_json(folder / "adapter_config.json").get("task_type")
+
+
+def _modules_of(weights: Sequence[str]) -> list[str]:
+    """The modules that hold these weights, but for heads and what is in them."""
+    modules = {name.rpartition(".")[0] for name in weights}
+    return sorted(name for name in modules if name.partition(".")[0] not in HEADS)
 
 
 def load_adapter(model: Any, folder: Path, *, base_digest: str | None = None, is_trainable: bool = False) -> Any:

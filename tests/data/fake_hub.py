@@ -33,12 +33,15 @@ def hub(files: Mapping[str, bytes] | None = None, *, status: int = 404, revision
 
         def do_GET(self) -> None:
             path = unquote(self.path.split("?")[0])
-            _, _, name = path.partition(f"/datasets/someone/small/resolve/{revision}/")
+            _, _, name = path.partition("/datasets/someone/small/resolve/")
+            name = name.partition("/")[2]
             if files is None:
                 self.answer(status)
             elif name in files:
                 etag = hashlib.sha1(files[name]).hexdigest()
                 self.answer(200, files[name], ETag=f'"{etag}"', X_Repo_Commit=revision)
+            elif "nowhere" in path:
+                self.answer(404, X_Error_Code="RevisionNotFound")
             elif "/resolve/" in path:
                 self.answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=revision)
             elif path.startswith("/api/datasets/someone/small/tree/"):

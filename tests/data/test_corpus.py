@@ -15,25 +15,41 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from hfscratch.data import corpus, distinct_labels, find_source, printable, rules
+from hfscratch.data import corpus, distinct_labels, find_source, minhash, printable, rules
 from hfscratch.data.corpus import SplitWriter
+from hfscratch.data.minhash import NearCopies
 from hfscratch.data.text import normalise
-from hfscratch.errors import DataError
+from hfscratch.errors import DataError, UsageError
 
+NEAR = NearCopies(threshold=0.8, ngram=5, bands=16, rows=7)
 OPTIONS = {"strict": False, "chunk_chars": None, "min_chars": 1, "max_chars": None, "workers": 1}
-SPLIT = {"drop_duplicates": True, "validation_fraction": 0.2, "test_fraction": 0.2}
+SPLIT = {
+    "drop_duplicates": True,
+    "earlier": [],
+    "validation_fraction": 0.2,
+    "test_fraction": 0.2,
+}
 
 
-def build(sources, folder, *, split=SPLIT, **options):
+def build(sources, folder, *, split=SPLIT, near=NEAR, group_by=None, **options):
     """Both passes over sources; returns the rows of the ledger and of the splits, and the proofs."""
-    sources = distinct_labels(find_source(str(path), position=position) for position, path in enumerate(sources))
+    sources = distinct_labels(
+        find_source(str(path), position=position, group_by=group_by) for position, path in enumerate(sources)
+    )
     (folder / "out").mkdir(parents=True)
     plan = corpus.plan_reading(sources)
     read_bytes = []
     num_read = corpus.read(plan, folder / "pass", advance=read_bytes.append, **{**OPTIONS, **options})
-    fates = corpus.decide(plan, folder / "pass", **split)
+    signatures = None
+    if near is not None:
+        signatures = minhash.sign(
+            corpus.kept_shards(folder / "pass"), folder / "pass" / "signatures", near, workers=1, advance=lambda n: None
+        )
+    fates = corpus.decide(
+        plan, folder / "pass", **{"advance": lambda n: None, **split, "near": near, "signatures": signatures}
+    )
     written = corpus.write(folder / "pass", fates, folder / "out", advance=lambda count: None)
-    proofs = corpus.prove(folder / "out", num_read, written)
+    proofs = corpus.prove(folder / "out", num_read, written, near)
     assert all(proof.holds for proof in proofs), proofs
     assert sum(read_bytes) == plan.size_bytes
     ledger = pq.read_table(folder / "out" / "ledger.parquet").to_pylist()
@@ -109,7 +125,7 @@ def test_the_result_is_the_same_for_any_number_of_workers_and_any_order_of_files
     monkeypatch.setattr(os, "walk", walk_backwards)
     build([folder], tmp_path / "three", workers=3)
     files = sorted(path.relative_to(tmp_path / "one" / "out") for path in (tmp_path / "one" / "out").rglob("*.parquet"))
-    assert len(files) == 4
+    assert len(files) == 5
     for name in files:
         assert (tmp_path / "one" / "out" / name).read_bytes() == (tmp_path / "three" / "out" / name).read_bytes(), name
 
@@ -139,7 +155,7 @@ def test_equal_texts_stay_together_where_duplicates_are_kept(tmp_path):
     folder = tmp_path / "docs"
     folder.mkdir()
     (folder / "a.jsonl").write_text("".join(json.dumps({"text": f"text {n % 20}"}) + "\n" for n in range(100)))
-    ledger, splits, _ = build([folder], tmp_path / "x", split={**SPLIT, "drop_duplicates": False})
+    ledger, splits, _ = build([folder], tmp_path / "x", split={**SPLIT, "drop_duplicates": False}, near=None)
     assert sum(map(len, splits.values())) == 100 and not reasons(ledger)
     sides = [{row["text"] for row in rows} for rows in splits.values()]
     assert sum(map(len, sides)) == 20
@@ -195,7 +211,7 @@ def test_nothing_bad_is_lost_and_nothing_good_with_it(prose, tmp_path):
     assert by_file == expected
     assert by_file["broken.jsonl.gz"]["broken gzip"] == 1
     kept = {row["text"] for rows in splits.values() for row in rows}
-    assert {"fine", "good one", "good two", "row", "lone � surrogate", "marked", "café au lait", "nul "} <= kept
+    assert {"fine", "good one", "good two", "row", "lone � surrogate", "marked", "café au lait", "nul"} <= kept
     notes = {row["id"]: row["note"] for row in ledger}
     assert notes[f"{label}/lines.jsonl:5"] == "columns: body"
     assert notes[f"{label}/lines.jsonl:13"] == "columns: a\\ud800"
@@ -243,18 +259,18 @@ def test_pieces_of_a_long_document_join_to_it(tmp_path):
 def test_a_long_document_loses_nothing_to_the_rules_of_length_which_look_at_it_whole(tmp_path):
     folder = tmp_path / "docs"
     folder.mkdir()
-    book = "The beginning.\n" + "\n" * 2000 + "The end.\n"
+    book = "The beginning.\n" + "Again and again.\n" * 120 + "The end.\n"
     (folder / "book.txt").write_text(book)
     (folder / "blank.txt").write_text("\n" * 2000)
     (folder / "note.txt").write_text("A short note.\n")
     (folder / "long.txt").write_text("Words. " * 1000)
     options = {"chunk_chars": 500, "min_chars": 900, "max_chars": 5000}
-    whole = {"drop_duplicates": False, "validation_fraction": 0, "test_fraction": 0}
-    ledger, splits, _ = build([folder], tmp_path / "a", split=whole, **options)
+    whole = {"drop_duplicates": False, "earlier": [], "validation_fraction": 0, "test_fraction": 0}
+    ledger, splits, _ = build([folder], tmp_path / "a", split=whole, near=None, **options)
     assert reasons(ledger) == {"docs/blank.txt": "empty", "docs/note.txt": "too short", "docs/long.txt": "too long"}
     texts = {row["id"]: row["text"] for row in splits["train"]}
     assert "".join(texts[f"docs/book.txt#{number}"] for number in range(len(texts))) == book
-    ledger, _, _ = build([folder], tmp_path / "b", split=whole | {"drop_duplicates": True}, **options)
+    ledger, _, _ = build([folder], tmp_path / "b", split=whole | {"drop_duplicates": True}, near=None, **options)
     assert {reason for name, reason in reasons(ledger).items() if "#" in name} == {"exact duplicate"}
 
 
@@ -262,8 +278,8 @@ def test_what_fits_in_no_row_is_dropped_and_cutting_helps(tmp_path, monkeypatch)
     monkeypatch.setattr(rules, "MAX_DOCUMENT_BYTES", 100)
     folder = three_texts(tmp_path, "é" * 60, "one", "two", "three")
     ledger, _, _ = build([folder], tmp_path / "a")
-    assert reasons(ledger) == {"few/0.txt": "larger than 1 GiB"}
-    ledger, _, _ = build([folder], tmp_path / "b", chunk_chars=40, split=SPLIT | {"drop_duplicates": False})
+    assert reasons(ledger) == {"few/0.txt": rules.TOO_LARGE}
+    ledger, _, _ = build([folder], tmp_path / "b", chunk_chars=40, split=SPLIT | {"drop_duplicates": False}, near=None)
     assert reasons(ledger) == {}
 
 
@@ -278,7 +294,12 @@ def three_texts(tmp_path, *texts):
 @pytest.mark.parametrize("salt", range(8))
 def test_three_documents_make_three_splits_whatever_their_hashes(tmp_path, salt):
     folder = three_texts(tmp_path, *(f"{salt} {number}" for number in range(3)))
-    fractions = {"drop_duplicates": True, "validation_fraction": 0.03, "test_fraction": 0.03}
+    fractions = {
+        "drop_duplicates": True,
+        "earlier": [],
+        "validation_fraction": 0.03,
+        "test_fraction": 0.03,
+    }
     if salt % 2:
         fractions |= {"validation_fraction": 0.55, "test_fraction": 0.4}
     _, splits, _ = build([folder], tmp_path / "a", split=fractions)
@@ -289,7 +310,12 @@ def test_too_few_documents_for_the_splits_name_the_remedy(tmp_path):
     folder = three_texts(tmp_path, "one", "two", "two")
     with pytest.raises(DataError, match=r"2 different documents are left, too few .* set data\.chunk_chars"):
         build([folder], tmp_path / "a")
-    nothing_held_out = {"drop_duplicates": True, "validation_fraction": 0, "test_fraction": 0}
+    nothing_held_out = {
+        "drop_duplicates": True,
+        "earlier": [],
+        "validation_fraction": 0,
+        "test_fraction": 0,
+    }
     _, splits, _ = build([folder], tmp_path / "b", split=nothing_held_out)
     assert {split: len(rows) for split, rows in splits.items()} == {"train": 2}
 
@@ -348,6 +374,8 @@ def test_shards_of_a_split_are_closed_when_they_are_large_and_named_by_their_num
                 "text": texts[start : start + 10],
                 "source": ["s"] * 10,
                 "path": ["p"] * 10,
+                "license": ["MIT"] * 10,
+                "date": pa.nulls(10, pa.string()),
                 "num_chars": np.full(10, 10_000),
             }
         )
@@ -357,3 +385,86 @@ def test_shards_of_a_split_are_closed_when_they_are_large_and_named_by_their_num
     assert [path.name for path in paths] == [f"train-{n:05d}-of-{len(paths):05d}.parquet" for n in range(len(paths))]
     assert len(paths) > 3 and max(path.stat().st_size for path in paths) < 300_000
     assert pq.read_table(paths)["text"].to_pylist() == texts
+
+
+WORDS = [f"word{number}" for number in range(500)]
+
+
+def essay(seed, num_words=300):
+    """A text of random words."""
+    return " ".join(random.Random(seed).choices(WORDS, k=num_words))
+
+
+def altered(text, share, seed=0):
+    """The text with a share of its words replaced."""
+    words, randomness = text.split(), random.Random(seed)
+    for position in randomness.sample(range(len(words)), round(share * len(words))):
+        words[position] = f"other{randomness.random()}"
+    return " ".join(words)
+
+
+def write_records(path, records):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_of_a_family_the_longest_of_the_earliest_source_is_kept_and_the_ledger_names_it(tmp_path):
+    text = essay(0)
+    write_records(tmp_path / "first" / "a.jsonl", [{"text": essay(n)} for n in range(1, 40)] + [{"text": text}])
+    write_records(
+        tmp_path / "second" / "b.jsonl",
+        [{"text": text[:-20]}, {"text": text + " and a little more"}, {"text": text + " and more"}],
+    )
+    ledger, _, _ = build([tmp_path / "first", tmp_path / "second"], tmp_path / "x")
+    kept = "first/a.jsonl:40"
+    assert reasons(ledger) == {f"second/b.jsonl:{number}": "near-copy" for number in (1, 2, 3)}
+    assert {row["id"] for row in ledger if row["family"] == kept} == {kept, *reasons(ledger)}
+    assert {row["note"] for row in ledger if row["reason"]} == {f"of {kept}"}
+    ledger, _, _ = build(
+        [tmp_path / "second"], tmp_path / "y", split=SPLIT | {"test_fraction": 0, "validation_fraction": 0}
+    )
+    assert [row["id"] for row in ledger if row["fate"] == "train"] == ["second/b.jsonl:2"]
+
+
+def test_survivors_depend_neither_on_workers_nor_on_shards_nor_on_the_listing(tmp_path, monkeypatch):
+    texts = [altered(essay(n // 4), 0.02 * (n % 4), seed=n) for n in range(400)]
+    for number in range(40):
+        write_records(tmp_path / "docs" / f"{number}.jsonl", [{"text": t} for t in texts[number::40]])
+    expected = None
+    for name, workers, task_bytes in (("one", 1, 10**9), ("many", 2, 20_000), ("other", 1, 5_000)):
+        monkeypatch.setattr(corpus, "TASK_BYTES", task_bytes)
+        ledger, _, _ = build([tmp_path / "docs"], tmp_path / name, workers=workers)
+        found = sorted((row["id"], row["fate"], row["family"]) for row in ledger)
+        expected = expected or found
+        assert found == expected
+    assert sum(fate != "dropped" for _, fate, _ in expected) < 310
+
+
+def test_groups_stay_on_one_side_in_every_format_that_has_columns(tmp_path):
+    records = [{"text": essay(n, 30), "author": f"author {n % 40}"} for n in range(400)]
+    write_records(tmp_path / "docs" / "a.jsonl", records[:200])
+    pq.write_table(pa.Table.from_pylist(records[200:]), tmp_path / "docs" / "b.parquet")
+    ledger, _, _ = build([tmp_path / "docs"], tmp_path / "x", group_by="author")
+    sides = {}
+    for row in ledger:
+        sides.setdefault(row["group"], set()).add(row["fate"])
+    assert len(sides) == 40 and all(len(fates) == 1 for fates in sides.values())
+    assert set.union(*sides.values()) == {"train", "validation", "test"}
+
+
+def test_a_group_column_of_files_without_columns_is_refused(tmp_path):
+    folder = three_texts(tmp_path, "one", "two")
+    with pytest.raises(UsageError, match="group_by is author"):
+        find_source(str(folder), group_by="author")
+
+
+def test_what_minhash_overlooks_leaves_train_if_it_is_near_a_held_out_document(tmp_path):
+    texts = [essay(n // 2) if n % 2 == 0 else altered(essay(n // 2), 0.01, seed=n) for n in range(200)]
+    write_records(tmp_path / "docs" / "a.jsonl", [{"text": text} for text in texts])
+    blind = NearCopies(threshold=0.8, ngram=5, bands=1, rows=30)  # finds about one pair in a hundred
+    ledger, _, _ = build([tmp_path / "docs"], tmp_path / "x", near=blind)  # build() demands that the proof holds
+    found = Counter(reasons(ledger).values())
+    assert found["near-copy of a held-out document"] >= 10
+    assert all(
+        ", similarity 0." in row["note"] for row in ledger if row["reason"] == "near-copy of a held-out document"
+    )

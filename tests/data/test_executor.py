@@ -24,7 +24,8 @@ from hfscratch.data import corpus, find_source
 started = time.perf_counter()
 plan = corpus.plan_reading([find_source(sys.argv[1])])
 num_read = corpus.read(
-    plan, Path(sys.argv[2]), strict=False, chunk_chars=None, min_chars=1, max_chars=None, workers=int(sys.argv[3]),
+    plan, Path(sys.argv[2]), strict=False, chunk_chars=None, min_chars=1, max_chars=None,
+    workers=int(sys.argv[3]),
     advance=lambda num_bytes: None,
 )
 print(num_read, time.perf_counter() - started)

@@ -91,3 +91,30 @@ def test_a_path_that_is_not_there_is_an_error():
         inspect("./nowhere")
     with pytest.raises(UsageError, match="there is no file or folder someone/something"):
         inspect("someone/something")
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv.gz", "a.arrow", "a.jsonl.zst", "a.txt.bz2", "a.zip", "a.tgz"])
+def test_what_is_measured_is_what_is_read_whatever_the_format(tmp_path, name):
+    from tests.data import test_readers as made
+
+    texts = [f"Text number {number}. " * 20 for number in range(300)]
+    records = [{"n": str(number), "text": text} for number, text in enumerate(texts)]
+    kind = name.partition(".")[2]
+    compress = made.COMPRESS.get("." + kind.rpartition(".")[2], bytes)
+    if kind in ("zip", "tgz"):
+        made.archive(tmp_path / name, [(f"{n}.txt", text.encode()) for n, text in enumerate(texts)])
+    elif kind == "arrow":
+        table = pa.table({"text": texts})
+        with pa.ipc.new_stream(tmp_path / name, table.schema) as writer:
+            writer.write_table(table)
+    elif kind.startswith("txt"):
+        (tmp_path / name).write_bytes(compress("".join(texts).encode()))
+    else:
+        content = (
+            made.jsonl(records) if kind.startswith("jsonl") else made.table(records, "\t" if "tsv" in kind else ",")
+        )
+        (tmp_path / name).write_bytes(compress(content))
+    found = inspect(str(tmp_path))
+    assert found.num_documents == (1 if "txt" in kind else 300)
+    assert found.num_bytes == sum(map(len, texts)) and not found.is_estimate
+    assert found.samples and found.samples[0].startswith("Text number")

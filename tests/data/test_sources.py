@@ -114,7 +114,7 @@ def test_the_standard_library_comes_without_its_tests():
         ("n/" * 3000, "there is no file or folder n/n/"),
         ("nowhere/*.txt", "no file matches"),
         ("{folder}/deep/*.png", "matches no file of a format that can be read"),
-        ("{folder}/Makefile", "format that cannot be read; the formats are .txt .md .py .jsonl"),
+        ("{folder}/Makefile", "format that cannot be read; the formats are .txt .py .md .html"),
     ],
 )
 def test_what_does_not_exist_or_cannot_be_read_is_named(folder, path, message):

@@ -151,6 +151,7 @@ def test_a_metric_names_what_it_lacks(folder, tmp_path):
 
 def test_an_unknown_metric_is_answered_with_those_that_exist():
     with pytest.raises(
-        UsageError, match="there are bits_per_byte, bleu, chrf, exact_match, perplexity, rouge, token_f1"
+        UsageError,
+        match="there are accuracy, bits_per_byte, bleu, chrf, exact_match, macro_f1, perplexity, rouge, token_f1",
     ):
         metric_path("bits")

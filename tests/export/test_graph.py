@@ -95,8 +95,7 @@ def test_the_model_is_left_as_it_was(exported):
 @pytest.mark.parametrize(
     ("kind", "fields", "message"),
     [
-        ("mistral", {}, "layers of kind sliding_attention; ONNX export covers full attention only"),
-        ("gemma2", {"head_dim": 16}, "layers of kind sliding_attention"),
+        ("mistral", {}, "layers of kind sliding_attention without layer_types; ONNX export covers full attention"),
         ("mamba", {"state_size": 4}, "takes no position_ids"),
         ("bloom", {}, "takes no position_ids"),
         ("bert", {}, "something else than keys and values"),

@@ -180,8 +180,33 @@ def test_the_table_of_a_finetuned_model_has_its_base_and_the_cheap_answers_besid
     assert "finetuned" not in base.split("## Evaluation")[1].split("###")[0]
 
 
+def test_the_card_of_a_classifier_tells_its_labels_and_how_to_ask_it(tmp_path):
+    counts = {"train": {"no": 6, "yes": 4}, "validation": {"no": 1, "yes": 1}, "test": {"no": 2, "yes": 1}}
+    learnt = {"task": "classification", "answers": None, "forgetting": None}
+    finetune = manifest(
+        FINETUNE["metrics"] | learnt | {"labels": {"names": ["no", "yes"], "counts": counts}},
+        section={"task": "classification", "method": "full"},
+    )
+    figure = {"accuracy": {"value": 0.75, "interval": [0.5, 0.9]}}
+    evaluate = manifest({"finetune": {"answers": figure}, "bag_of_words": {"answers": figure}, "num_answers": 3})
+    manifests = {"pretrain": PRETRAIN, "finetune": finetune, "evaluate": evaluate}
+    text, loaded = card(tmp_path, manifests=manifests, source="finetune")
+    assert loaded.data.pipeline_tag == "text-classification"
+    (result,) = loaded.data.eval_results
+    assert (result.task_type, result.metric_type, result.metric_value) == ("text-classification", "accuracy", 0.75)
+    assert 'pipeline("text-classification", ' in text and "hfscratch generate" not in text
+    assert "| yes | 4 | 1 | 1 |" in text
+    assert "| a bag of words | labels of held-out texts, 3 of them | accuracy | 0.75 | 0.5 to 0.9 |" in text
+    assert "Higher is better. Intervals are bootstrap" in text and "Every byte" not in text
+    guessed = {"test": {"masked_loss": 3.5, "masked_accuracy": 0.4}}
+    both = manifest({"pretrain": guessed, **evaluate["metrics"]})
+    text, _ = card(tmp_path, manifests=manifests | {"evaluate": both}, source="finetune")
+    assert "Every token of a split is hidden and guessed exactly once" in text and "Every byte" not in text
+    assert "Lower is better for the loss, higher for the others. Intervals" in text
+
+
 def test_every_kind_of_figure_that_evaluate_knows_has_a_name_of_its_own():
-    from hfscratch.evaluation.overlap import METRICS
+    from hfscratch.evaluation.answers import METRICS
     from hfscratch.hub.card import METRIC_NAMES
 
     given = {name for figures in METRICS.values() for name in figures(["a b"], [["a b"]])}

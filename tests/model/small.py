@@ -22,12 +22,19 @@ def make_config(**fields: Any) -> ScratchConfig:
     return ScratchConfig(**(values | fields))
 
 
-def make_model(*, dtype: torch.dtype = torch.float32, attention: str = "sdpa", seed: int = 0, **fields: Any):
+def make_model(
+    *,
+    dtype: torch.dtype = torch.float32,
+    attention: str = "sdpa",
+    seed: int = 0,
+    model_class: Any = ScratchForCausalLM,
+    **fields: Any,
+):
     """A model with random weights everywhere: as initialised, layers add nothing and would hide their mistakes."""
     torch.manual_seed(seed)
     config = make_config(**fields)
     config._attn_implementation = attention
-    model = ScratchForCausalLM(config)
+    model = model_class(config)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
     return model.to(dtype).eval()

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from hfscratch.model import ScratchForCausalLM
+from hfscratch.model.configuration_scratch import AUTO_MAP
 from tests.model.small import make_config, make_model, random_tokens
 
 CLEAN = """
@@ -49,6 +50,9 @@ with torch.no_grad():
 """
 
 
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
 def check_initial(model, config, *, only: set[str] | None = None) -> None:
     """Every parameter is distributed as the model's docstrings say."""
     bound = math.sqrt(3 / config.hidden_size)
@@ -59,10 +63,16 @@ def check_initial(model, config, *, only: set[str] | None = None) -> None:
         seen.add(name)
         values = parameter.detach().float()
         kind = name.split(".")[-2]
-        if kind in ("o_proj", "down_proj"):
+        if kind == "value_mix":
+            assert values.tolist() == [0.5], name
+        elif kind == "gate":
             assert values.abs().max() == 0, name
-        elif kind in ("q_proj", "k_proj", "v_proj", "up_proj"):
-            scale = bound * (0.4 if kind == "up_proj" else 1)
+        elif "value_embeds" in name or kind in PROJECTIONS:
+            scale = bound
+            if kind == "up_proj" and config.hidden_act == "relu2":
+                scale = 0.4 * bound
+            if kind in ("o_proj", "down_proj"):
+                scale = math.sqrt(3 / values.shape[1] / (2 * config.num_hidden_layers))
             assert 0.97 * scale < values.abs().max() <= scale * 1.004, name  # bf16 rounds the bound itself up
             assert abs(values.std() / (scale / math.sqrt(3)) - 1) < 0.1, name
             assert abs(values.mean()) < 0.1 * scale, name
@@ -72,10 +82,18 @@ def check_initial(model, config, *, only: set[str] | None = None) -> None:
     assert seen == (only if only is not None else set(dict(model.named_parameters())))
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"tie_word_embeddings": True},
+        {"value_mixing": "embeddings", "num_key_value_heads": 1, "head_dim": 16},
+        {"value_mixing": "none", "hidden_act": "silu"},
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_weight_starts_as_stated_by_every_road(tied, dtype):
-    config = make_config(tie_word_embeddings=tied)
+def test_every_weight_starts_as_stated_by_every_road(options, dtype):
+    config = make_config(**options)
     check_initial(ScratchForCausalLM(config), config)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
@@ -137,11 +155,7 @@ def test_saving_and_loading_changes_no_bit(tmp_path, tied, dtype):
 def test_a_saved_folder_names_every_auto_class_and_holds_its_code(tmp_path, saved_by):
     model = make_model()
     (model if saved_by == "head" else model.model).save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == {
-        "AutoConfig": "configuration_scratch.ScratchConfig",
-        "AutoModel": "modeling_scratch.ScratchModel",
-        "AutoModelForCausalLM": "modeling_scratch.ScratchForCausalLM",
-    }
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == AUTO_MAP
     assert {path.name for path in tmp_path.glob("*.py")} == {"configuration_scratch.py", "modeling_scratch.py"}
 
 

@@ -91,3 +91,28 @@ def test_flops_are_those_that_the_profiler_counts():
         model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
     counted = counter.get_total_flops() / ids.numel()
     assert training_flops_per_token(model, 128) == pytest.approx(counted, rel=0.05)
+
+
+@pytest.mark.parametrize(("model_type", "intermediate_size"), [("scratch", 512), ("llama", 352), ("gpt2", None)])
+def test_a_width_without_a_depth_still_sizes_heads_and_mlp(model_type, intermediate_size):
+    config = build_config(
+        model_type,
+        depth=None,
+        fields={"hidden_size": 128, "num_hidden_layers": 3},
+        vocab_size=300,
+        special_ids={"pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1},
+        sequence_length=64,
+    )
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (128, 3, 2)
+    if intermediate_size:
+        assert config.intermediate_size == intermediate_size
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "heads", "layers"), [(200, 4, 3), (96, 2, 1), (250, 5, 3), (256, 4, 4), (640, 10, 10)]
+)
+def test_a_width_alone_gets_heads_that_divide_it_and_layers_to_suit(hidden_size, heads, layers):
+    special = {"pad_token_id": 2, "bos_token_id": 0, "eos_token_id": 1}
+    fields = {"hidden_size": hidden_size}
+    config = build_config("scratch", depth=None, fields=fields, vocab_size=300, special_ids=special, sequence_length=64)
+    assert (config.num_attention_heads, config.num_hidden_layers) == (heads, layers)

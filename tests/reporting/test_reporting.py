@@ -13,12 +13,18 @@ import pytest
 
 from hfscratch import cli, reporting
 from hfscratch.artifact import Proof, Workspace, read_manifest, write_json
+from hfscratch.data import corpus
+from hfscratch.data.census import Census
+from hfscratch.data.contamination import Rule
 from hfscratch.errors import UsageError
+from hfscratch.recipe import to_dict
 from hfscratch.reporting import figures, formats
 
 SPLITS = {"train": 55, "validation": 3, "test": 2}
 FATES = [(split, None, 900 + 37 * i) for split, number in SPLITS.items() for i in range(number)]
-FATES += [("dropped", "shorter than 20 characters", 7)] * 4
+FATES += [("dropped", "too short", 7)] * 3 + [("dropped", "near-copy", 900)]
+SETS = {"validation": 3, "test": 2, "exam|2.jsonl": 40}
+OVERLAP = {"id": "a <b>/1", "set": "exam|2.jsonl", "example": "exam:9", "share": 0.25, "words": 31, "action": "kept"}
 HISTORY = [
     {"step": step, "tokens": step * 1024, "loss": 8 - step / 50, "bits_per_byte": 4 - step / 100, "learning_rate": 1e-3}
     for step in range(10, 201, 10)
@@ -91,20 +97,41 @@ def publish(out, stage, fill, **manifest):
         workspace.publish(folder, section={}, inputs=inputs, **manifest)
 
 
-def publish_data(out):
-    def fill(folder):
-        fates, reasons, sizes = zip(*FATES, strict=True)
-        pq.write_table(pa.table({"fate": fates, "reason": reasons, "size_bytes": sizes}), folder / "ledger.parquet")
+def write_ledger(folder):
+    """A ledger of `FATES`: of two sources, of which one states a licence, and with one family of copies."""
+    rows = [
+        {
+            "id": f"{number % 2}/{number}",
+            "source": f"s|{number % 2}",
+            "size_bytes": size,
+            "num_chars": size,
+            "fate": fate,
+            "reason": reason,
+            "license": "mit" if number % 2 else None,
+            "family": "1/5" if number == 5 or reason == "near-copy" else None,
+        }
+        for number, (fate, reason, size) in enumerate(FATES)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows, schema=corpus.LEDGER_SCHEMA), folder / "ledger.parquet")
+    overlaps = pa.Table.from_pylist([OVERLAP], schema=corpus.CONTAMINATION_SCHEMA)
+    pq.write_table(overlaps, folder / "contamination.parquet")
 
+
+def publish_data(out):
+    out.mkdir(parents=True, exist_ok=True)
+    write_ledger(out)
+    census = Census.take(out, sets=SETS, rule=Rule(ngram=13, share=0.5, span_words=50))
     metrics = {
         "documents": SPLITS,
         "bytes": {"train": 11_843_212, "validation": 402_112, "test": 371_204},
         "fates": SPLITS | {"dropped": 4},
         "ignored": {".pdf": 12},
         "input_documents": 64,
+        "taken_out": {"repeated lines": 1234, "repeated paragraphs": 0, "changed": 17},
+        **to_dict(census),
     }
     proof = Proof("no document is in two splits", True, "60 documents | 60 digests")
-    publish(out, "data", fill, metrics=metrics, proofs=[proof], timings={"read": 3.2})
+    publish(out, "data", write_ledger, metrics=metrics, proofs=[proof], timings={"read": 3.2})
 
 
 def publish_tokenizer(out):
@@ -247,7 +274,9 @@ def test_the_headline_figures_are_there_in_both_reports(out):
 def test_everything_that_was_recorded_is_told(out):
     for report in write(out):
         for told in (
-            "shorter than 20 characters",
+            "too short",
+            "1,234 repeated lines",
+            "2 documents belong to families of copies: 1 of 2",
             "12 .pdf",
             "no document is in two splits",
             "because this processor has no fast bf16",
@@ -261,11 +290,38 @@ def test_everything_that_was_recorded_is_told(out):
             assert told.lower() in report.lower(), told
 
 
-def test_the_ledger_is_told_as_kept_and_dropped(out):
-    kept = formats.size(sum(size for fate, _, size in FATES if fate != "dropped"))
+def test_what_each_rule_left_is_told_and_adds_up(out):
     page, text = write(out)
-    assert "| kept |  | 60 |\n| dropped | shorter than 20 characters | 4 |\n" in text
-    assert f'<th>kept</th><td></td><td class="num">60</td><td class="num">{kept}</td>' in page
+    rows = re.findall(r"^\| (.*?) \| (.*?) \| (\d*) \| (\d+) \| .*? \|$", text, flags=re.MULTILINE)
+    left = {rule: (reasons, dropped, documents) for rule, reasons, dropped, documents in rows}
+    assert left["read"] == ("", "", "64")
+    assert left["readable"] == ("", "", "64")
+    assert left["of a length to keep"] == ("too short", "3", "61")
+    assert left["no near-copy"] == ("near-copy", "1", "60")
+    assert left["not contaminated"] == ("", "", "60")
+    kept = formats.size(sum(size for fate, _, size in FATES if fate != "dropped"))
+    assert f'<td>near-copy</td><td class="num">1</td><td class="num">60</td><td class="num">{kept}</td>' in page
+    assert "Documents left by each rule" in page
+
+
+def test_sources_licences_and_overlaps_are_told_and_not_obeyed(out):
+    page, text = write(out)
+    sizes = [
+        sum(size for n, (fate, _, size) in enumerate(FATES) if n % 2 == odd and fate != "dropped") for odd in (0, 1)
+    ]
+    for odd, licence in ((0, "not stated"), (1, "mit")):
+        assert re.search(rf"\| s\\\|{odd} \| 32 \| 30 \| {formats.size(sizes[odd])} \| .* \|  \| {licence} \|", text)
+    assert r"| exam\|2.jsonl | 40 | 1 | 0 | 0 | 1 |" in text
+    assert "<td>a &lt;b&gt;/1</td>" in page
+
+
+def test_tokens_are_told_by_source_where_they_stand_beside_their_documents(finished_run):
+    """Of a real run: what the sources have adds up to what the splits have."""
+    run = finished_run / "run"
+    tokens = read_manifest(run / "tokenizer")["metrics"]["tokens"]
+    told = Page(write(run)[0]).text
+    assert list(reporting._source_tokens(run).values()) == [sum(tokens.values())]
+    assert formats.count(sum(tokens.values())) in told
 
 
 def test_what_the_model_writes_is_shown_and_not_obeyed(out):
@@ -297,7 +353,7 @@ def test_pictures_follow_the_colours_and_the_font_of_the_page(out):
         assert color not in page
     assert {"var(--first)", "var(--second)", "var(--muted)", "var(--rule)"} <= set(re.findall(r"var\(--\w+\)", page))
     assert "DejaVu Sans'" not in page
-    assert page.count('<svg class="wide"') == page.count('<svg class="narrow"') == 2
+    assert page.count('<svg class="wide"') == page.count('<svg class="narrow"') == 4
 
 
 PARTS = {
@@ -318,7 +374,7 @@ def test_a_report_tells_as_much_as_there_is(tmp_path, stages):
     assert tmp_path.name in Page(page).text
     assert ("1.873" in text) == ("evaluate" in stages)
     assert ("7.34 M" in text) == ("pretrain" in stages)
-    assert ("shorter than 20" in text) == ("data" in stages)
+    assert ("too short" in text) == ("data" in stages)
     assert ("How it learned" in page) == ("pretrain" in stages)
 
 
@@ -385,8 +441,38 @@ def test_a_training_without_bits_per_byte_shows_its_loss(tmp_path):
     history = [{key: value for key, value in entry.items() if "bits" not in key} for entry in HISTORY]
     publish_pretrain(tmp_path, history)
     page, text = write(tmp_path)
-    assert "Training loss in nats" in page
+    assert "Loss in nats a token" in page
     assert "| 100 | 102,400 | 5.500 |\n" in text
+
+
+def test_what_a_training_was_measured_by_stands_with_its_source_and_shows_where_it_went_on(tmp_path):
+    history = [
+        {"step": step, "tokens": step * 1024, "loss": 8 - step / 50, "bits_per_byte": 4 - step / 100, "grad_norm": 0.5}
+        | {"learning_rate_matrix": 1e-3 / step, "learning_rate_head": 4e-3 / step, "tokens_per_s": 5000.0 + step}
+        | {"mfu": 0.3, "memory_gb": 1.5, "energy_wh": step / 100, "eval_gap": 0.1}
+        for step in range(10, 201, 10)
+    ]
+    watched = {
+        "tokens_per_s": {"value": 5105.0, "source": "measured: the median over the log"},
+        "mfu": {"value": 0.3123, "source": "measured: tokens/s × 9 MFLOP ÷ <matrix rate>"},
+        "energy_wh": {"value": 2.0, "source": "estimated: processor time × 12 W a core"},
+        "co2_g": {"value": 0.00089, "source": "estimated: energy × 445 g a kWh"},
+    }
+    training = {"history": history, "resumes": [60, 120]}
+    publish(
+        tmp_path,
+        "pretrain",
+        lambda folder: write_json(folder / "metrics.json", training),
+        metrics={"watched": watched, "spikes": [{"step": 77}]},
+    )
+    page, text = write(tmp_path)
+    Page(page)
+    for said in ("31.2 %", "2.00 Wh", "0.000890 g", "estimated: processor time × 12 W a core", "60, 120", "step 77"):
+        assert said in page and said in text, said
+    for title in ("gap: validation", "gradient norm", "learning rate by role", "MFU in percent", "energy so far, Wh"):
+        assert title in page, title
+    assert page.count("What training was measured by") == 3  # the wide form, the narrow one, and the caption
+    assert figures.watched(HISTORY) == figures.watched(history[:1]) == figures.watched([]) == ""
 
 
 def test_a_training_of_a_single_point_or_of_none_is_drawn(tmp_path):
@@ -482,3 +568,54 @@ def test_the_score_of_a_foreign_model_on_a_dataset_is_a_report_of_its_own(tmp_pa
     page, text = write(tmp_path)
     for told in (Page(page).text, text, summary(tmp_path, capsys)):
         assert "2.901" in told
+
+
+STEPS = [
+    {"rule": "read", "reasons": {}, "documents": 12_345, "size_bytes": 9},
+    {"rule": "readable", "reasons": {}, "documents": 12_345, "size_bytes": 9},
+    {"rule": "no near-copy", "reasons": {"near-copy": 2345}, "documents": 10_000, "size_bytes": 7},
+]
+LENGTHS = {
+    "bins": [{"first": 10**n, "last": 10 ** (n + 1) - 1, "documents": n + 1, "chars": n * 10**n} for n in range(9)]
+}
+
+
+def counted(number, label="source {}"):
+    return {label.format(n): {"read_bytes": 100 + n, "kept_bytes": 90 - n} for n in range(number)}
+
+
+def test_a_picture_for_a_file_is_the_same_every_time_and_stands_on_white():
+    import io
+
+    import matplotlib.image
+
+    pictures = figures.data_pictures({"funnel": STEPS, "lengths": LENGTHS, "sources": counted(3)})
+    assert list(pictures) == ["funnel", "lengths", "sources"]
+    for picture in pictures.values():
+        first = figures.png(picture)
+        assert first == figures.png(picture)
+        assert matplotlib.image.imread(io.BytesIO(first))[0, 0].tolist() == [1, 1, 1, 1]
+
+
+def test_a_funnel_shows_the_rules_that_dropped_something():
+    picture = figures.inline(figures.funnel(STEPS))
+    assert "12,345" in picture and "10,000  (−2,345)" in picture
+    assert "no near-copy" in picture and "readable" not in picture
+
+
+def test_of_many_sources_the_small_ones_stand_together_and_names_are_no_formulas():
+    picture = figures.inline(figures.sources(counted(40, r"a$b${} c_{{x}}")))
+    assert "28 others" in picture
+    assert "a$b$0 c_{x}" in picture and "a$b$39" not in picture
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {},
+        {"funnel": STEPS[:2], "lengths": {"bins": LENGTHS["bins"][:1]}, "sources": counted(1)},
+        {"funnel": [STEPS[0] | {"documents": 0}]},
+    ],
+)
+def test_what_says_nothing_is_not_drawn(data):
+    assert figures.data_pictures(data) == {}

@@ -20,7 +20,7 @@ import pytest
 
 from hfscratch import artifact, pipeline
 from hfscratch.artifact import Workspace
-from hfscratch.errors import UsageError
+from hfscratch.errors import DataError, UsageError
 from hfscratch.stages import data as stage
 from tests.conftest import cli, load
 from tests.data.fake_hub import hub
@@ -54,14 +54,14 @@ def test_load_dataset_gives_the_splits_that_the_ledger_counts(recipe_file, tmp_p
     ledger = pq.read_table(data_folder(tmp_path) / "ledger.parquet").to_pylist()
     assert set(loaded) == {"train", "validation", "test"}
     for split, rows in loaded.items():
-        assert rows.column_names == ["id", "text", "source", "path"]
+        assert rows.column_names == ["id", "text", "source", "path", "license", "date"]
         assert sorted(rows["id"]) == sorted(row["id"] for row in ledger if row["fate"] == split)
     manifest = artifact.read_manifest(data_folder(tmp_path))
     metrics = manifest["metrics"]
     assert metrics["documents"] == {split: len(rows) for split, rows in loaded.items()}
     assert metrics["bytes"] == {split: sum(len(t.encode()) for t in rows["text"]) for split, rows in loaded.items()}
     assert metrics["input_documents"] == sum(metrics["fates"].values()) == len(ledger)
-    assert [proof["holds"] for proof in manifest["proofs"]] == [True] * 3
+    assert [proof["holds"] for proof in manifest["proofs"]] == [True] * 5
 
 
 def test_the_card_is_valid_and_neither_it_nor_the_manifest_names_a_folder_of_this_machine(
@@ -333,7 +333,7 @@ configs:
         (
             {"README.md": TWO_CONFIGURATIONS, "a.jsonl": RECORDS, "b.jsonl": RECORDS},
             2,
-            "has several configurations, and to choose one is not supported",
+            "has several configurations; choose one with data.sources[0].config",
         ),
         ({"train.jsonl": RECORDS + b'{"text": \n'}, 3, "cannot be read: JSON parse error"),
         ({"picture.xyz": b"?"}, 3, "cannot be read: No (supported) data files found"),
@@ -371,6 +371,69 @@ def test_a_dataset_of_the_hub_is_downloaded_and_an_interrupted_reading_of_anothe
     assert completed.returncode == 0, completed.stderr
     rows = [row for path in (data_folder(tmp_path) / "data").iterdir() for row in pq.read_table(path).to_pylist()]
     assert {row["text"] for row in rows} == {f"Other text {number}." for number in range(50)}
+
+
+def written_texts(tmp_path):
+    folder = data_folder(tmp_path)
+    return sorted(row["text"] for path in (folder / "data").iterdir() for row in pq.read_table(path).to_pylist())
+
+
+def hub_records(first, last):
+    return "".join(
+        json.dumps({"text": f"Text {number}.", "license": "cc0-1.0", "by": f"author {number % 5}"}) + "\n"
+        for number in range(first, last)
+    ).encode()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_configuration_and_a_revision_of_a_hub_dataset_are_read(tmp_path, streaming):
+    files = {"README.md": TWO_CONFIGURATIONS, "a.jsonl": hub_records(0, 9), "b.jsonl": hub_records(100, 140)}
+    source = {"path": "someone/small", "config": "second", "revision": "v1", "streaming": streaming, "group_by": "by"}
+    with hub(files) as endpoint:
+        env = with_hub(endpoint, tmp_path)
+        completed = cli("data", write_recipe(tmp_path, source), env=env)
+        assert completed.returncode == 0, completed.stderr
+        assert written_texts(tmp_path) == sorted(f"Text {number}." for number in range(100, 140))
+        ledger = pq.read_table(data_folder(tmp_path) / "ledger.parquet").to_pylist()
+        assert {row["license"] for row in ledger} == {"cc0-1.0"}
+        assert {row["group"] for row in ledger} == {f"author {number}" for number in range(5)}
+        shutil.rmtree(tmp_path / "run")
+        sentence = fails(write_recipe(tmp_path, source | {"revision": "nowhere"}), 2, env=env)
+        assert "data.sources[0].path 'someone/small' has no revision nowhere" in sentence
+        sentence = fails(write_recipe(tmp_path, source | {"config": "third"}), 2, env=env)
+        assert "third" in sentence
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_streamed_hub_dataset_is_read_part_by_part_and_no_further_than_asked(tmp_path, workers):
+    files = {f"train-{part}.jsonl": hub_records(100 * part, 100 * part + 50) for part in range(3)}
+    source = {"path": "someone/small", "streaming": True, "max_documents": 40}
+    with hub(files) as endpoint:
+        completed = cli(
+            "data", write_recipe(tmp_path, source), f"data.workers={workers}", env=with_hub(endpoint, tmp_path)
+        )
+    assert completed.returncode == 0, completed.stderr
+    expected = [f"Text {100 * part + n}." for part, count in enumerate((14, 13, 13)) for n in range(count)]
+    assert written_texts(tmp_path) == sorted(expected)
+    ids = {row["id"] for row in pq.read_table(data_folder(tmp_path) / "ledger.parquet").to_pylist()}
+    assert "someone/small/train/00002:13" in ids and len(ids) == 40
+    assert not list((tmp_path / "home").rglob("*.arrow"))  # no copy on the disk
+
+
+def test_of_a_downloaded_hub_dataset_no_more_is_read_than_asked(tmp_path):
+    with hub({"train.jsonl": hub_records(0, 100)}) as endpoint:
+        source = {"path": "someone/small", "max_documents": 25}
+        completed = cli("data", write_recipe(tmp_path, source), env=with_hub(endpoint, tmp_path))
+    assert completed.returncode == 0, completed.stderr
+    assert written_texts(tmp_path) == sorted(f"Text {number}." for number in range(25))
+
+
+def test_a_stream_that_breaks_off_is_one_sentence(tmp_path):
+    files = {"a.jsonl": hub_records(0, 50), "b.jsonl": hub_records(50, 60) + b'{"text": \n'}
+    with hub(files) as endpoint:
+        recipe_file = write_recipe(tmp_path, {"path": "someone/small", "streaming": True})
+        sentence = fails(recipe_file, 5, env=with_hub(endpoint, tmp_path))
+    assert "data.sources[0].path 'someone/small' broke off at row" in sentence
 
 
 @pytest.fixture
@@ -420,3 +483,258 @@ def test_a_column_or_split_that_a_hub_dataset_lacks_is_named(tmp_path, hub_cache
     source = {"path": "someone/small", "text_column": "content", "split": "dev"}
     completed = cli("data", write_recipe(tmp_path, source), env=env)
     assert completed.returncode == 2 and "dev" in completed.stderr
+
+
+WORDS = [f"word{number}" for number in range(400)]
+
+
+def essay(seed, num_words=120):
+    return " ".join(random.Random(seed).choices(WORDS, k=num_words))
+
+
+def write_essays(path, texts):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def ledger_of(out):
+    return pq.read_table(out / "data" / "ledger.parquet").to_pylist()
+
+
+def test_what_an_earlier_corpus_has_is_left_out_near_copies_included(tmp_path):
+    texts = [essay(n) for n in range(40)]
+    (tmp_path / "a").mkdir()
+    first = write_recipe(tmp_path / "a", write_essays(tmp_path / "first.jsonl", texts))
+    run(first)
+    later = [texts[3], texts[7] + " one more", *(essay(n) for n in range(100, 130)), texts[3]]
+    (tmp_path / "b").mkdir()
+    second = write_recipe(
+        tmp_path / "b", write_essays(tmp_path / "second.jsonl", later), dedup={"against": [str(tmp_path / "a" / "run")]}
+    )
+    run(second)
+    found = {row["id"]: (row["reason"], row["note"]) for row in ledger_of(tmp_path / "b" / "run") if row["reason"]}
+    assert found == {
+        "second.jsonl:1": ("in an earlier corpus", "of earlier corpus: first.jsonl:4"),
+        "second.jsonl:2": ("in an earlier corpus", "of earlier corpus: first.jsonl:8"),
+        "second.jsonl:33": ("exact duplicate", "of earlier corpus: first.jsonl:4"),
+    }
+    assert run(second).was_fresh
+    run(first, "data.test_fraction=0.1")
+    assert not run(second).was_fresh  # another corpus stands there now
+
+
+def test_an_earlier_corpus_that_is_none_is_refused(tmp_path, corpus):
+    write_recipe(tmp_path, corpus, dedup={"against": [str(corpus)]})
+    with pytest.raises(UsageError, match=r"data\.dedup\.against\[0\] is .* neither a run folder"):
+        run(tmp_path / "recipe.yaml")
+
+
+def test_lines_paragraphs_and_boilerplate_go_when_asked_and_the_ledger_says_so(tmp_path):
+    shared = essay(999, 30)
+    texts = [f"Subscribe to our letter now\n\n{shared}\n\n{essay(n)}\n{essay(n)}" for n in range(40)]
+    path = write_essays(tmp_path / "texts.jsonl", texts)
+    dedup = {"lines": True, "paragraphs": True}
+    run(write_recipe(tmp_path, path, dedup=dedup, normalise={"boilerplate_documents": 0.5}))
+    rows = [row for file in (data_folder(tmp_path) / "data").iterdir() for row in pq.read_table(file).to_pylist()]
+    assert len(rows) == 40
+    assert not any("Subscribe" in row["text"] for row in rows)
+    assert sum(shared in row["text"] for row in rows) <= 1  # the line stood in every document
+    assert all(row["text"].count(essay(n)) <= 1 for n in range(40) for row in rows)
+    assert all("removed" in row["note"] for row in ledger_of(tmp_path / "run"))
+
+
+def test_a_set_that_evaluate_names_is_decontaminated_against_and_alone_makes_data_stale(tmp_path):
+    texts = [essay(n) for n in range(60)]
+    texts[10] += " " + essay(1000, 30)  # holds all of a question
+    texts[20] += " " + " ".join(essay(1001, 400).split()[:60])  # and a long run of another
+    texts[30] += " " + " ".join(essay(1001, 400).split()[100:120])  # a short run: reported, and kept
+    questions = tmp_path / "exam.jsonl"
+    questions.write_text(
+        json.dumps({"instruction": essay(1000, 15), "output": " ".join(essay(1000, 30).split()[15:])})
+        + "\n"
+        + json.dumps({"instruction": essay(1001, 400), "output": "yes"})
+        + "\n"
+    )
+    recipe_file = write_recipe(tmp_path, write_essays(tmp_path / "texts.jsonl", texts), test_fraction=0)
+    fields = json.loads(recipe_file.read_text()) | {"evaluate": {"dataset": str(questions)}}
+    fields["data"]["validation_fraction"] = 0
+    recipe_file.write_text(json.dumps(fields))
+    run(recipe_file)
+    dropped = {row["id"]: row["note"] for row in ledger_of(tmp_path / "run") if row["reason"] == "contaminated"}
+    assert dropped == {
+        "texts.jsonl:11": "30 words in a row, 100% of it, with exam.jsonl: exam.jsonl:1",
+        "texts.jsonl:21": "60 words in a row, 12% of it, with exam.jsonl: exam.jsonl:2",
+    }
+    overlaps = pq.read_table(data_folder(tmp_path) / "contamination.parquet").to_pylist()
+    assert {row["id"]: row["action"] for row in overlaps} == {
+        "texts.jsonl:11": "dropped",
+        "texts.jsonl:21": "dropped",
+        "texts.jsonl:31": "kept",
+    }
+    for row in overlaps:
+        (span,) = row["spans"]
+        text = texts[int(row["id"].split(":")[1]) - 1]
+        assert len(text[span["start"] : span["stop"]].split()) == row["words"]
+    assert run(recipe_file).was_fresh
+    assert run(recipe_file, "evaluate.num_samples=1").was_fresh
+    questions.write_text(json.dumps({"instruction": essay(5, 40), "output": "no"}) + "\n")
+    assert not run(recipe_file).was_fresh
+
+
+def test_cutting_leaves_all_else_of_a_contaminated_document(tmp_path):
+    texts = [essay(n) for n in range(60)]
+    exam = essay(1000, 60)
+    texts[10] = f"Before it. {exam}. And after it."
+    texts[20] = exam
+    texts[25] = f"Then {exam}."
+    texts[30], texts[31], texts[32] = f"{texts[3]} {exam}", f"{essay(99)} {exam}", f"{exam} {essay(99)}"
+    (tmp_path / "exam.txt").write_text(exam)
+    recipe_file = write_recipe(
+        tmp_path,
+        write_essays(tmp_path / "texts.jsonl", texts),
+        decontaminate={"action": "cut"},
+        dedup={"minhash": None},
+    )
+    fields = json.loads(recipe_file.read_text()) | {"evaluate": {"dataset": str(tmp_path / "exam.txt")}}
+    fields["data"] |= {"validation_fraction": 0, "test_fraction": 0, "min_chars": 10}
+    recipe_file.write_text(json.dumps(fields))
+    run(recipe_file)
+    rows = {row["id"]: row for row in ledger_of(tmp_path / "run")}
+    (path,) = (data_folder(tmp_path) / "data").iterdir()
+    kept = {row["id"]: row["text"] for row in pq.read_table(path).to_pylist()}
+    assert kept["texts.jsonl:11"] == "Before it. . And after it."
+    assert rows["texts.jsonl:11"]["note"].startswith("cut: 60 words in a row, 100% of it")
+    assert rows["texts.jsonl:11"]["num_chars"] == len(kept["texts.jsonl:11"])
+    for number in (21, 26, 31, 33):  # what is left is nothing, too short, or what another document is
+        assert rows[f"texts.jsonl:{number}"]["reason"] == "contaminated", number
+    assert kept["texts.jsonl:32"].strip() == essay(99)
+    assert len(kept) == 56
+
+
+def test_a_corpus_of_which_cutting_leaves_nothing_is_refused(tmp_path):
+    exam = essay(1000, 60)
+    (tmp_path / "exam.txt").write_text(exam)
+    recipe_file = write_recipe(
+        tmp_path,
+        write_essays(tmp_path / "texts.jsonl", [f"{number}. {exam}" for number in range(3)]),
+        decontaminate={"action": "cut"},
+    )
+    fields = json.loads(recipe_file.read_text()) | {"evaluate": {"dataset": str(tmp_path / "exam.txt")}}
+    fields["data"] |= {"validation_fraction": 0, "test_fraction": 0, "min_chars": 10}
+    recipe_file.write_text(json.dumps(fields))
+    with pytest.raises(DataError, match="nothing is left of train"):
+        run(recipe_file)
+
+
+KILLED = """
+import os, signal, sys
+from hfscratch.cli import main
+from hfscratch.data import contamination, minhash, repeats
+
+module, name = sys.argv[2].split(".")
+step = getattr({"contamination": contamination, "minhash": minhash, "repeats": repeats}[module], name)
+before = step.run
+
+def killed(self, data=None, rank=0, world_size=1):
+    if rank == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    yield from before(self, data, rank, world_size)
+
+step.run = killed
+sys.exit(main(["data", sys.argv[1], "data.workers=1"]))
+"""
+
+
+@pytest.mark.parametrize("step", ["minhash.Signer", "contamination._Screener", "repeats._Writing"])
+def test_a_pass_that_is_killed_goes_on_at_the_last_finished_shard_and_ends_the_same(tmp_path, step):
+    texts = [essay(n // 2, 4000) + (" more" if n % 2 else "") for n in range(160)]
+    for number in range(8):
+        write_essays(tmp_path / "texts" / f"{number}.jsonl", texts[number::8])
+    recipe_file = write_recipe(tmp_path, tmp_path / "texts", dedup={"lines": True})
+    words = [sys.executable, "-c", KILLED, str(recipe_file), step]
+    assert subprocess.run(words, capture_output=True, timeout=120).returncode == -signal.SIGKILL
+    completions = (tmp_path / "run" / ".work" / "data" / "reading").rglob("completions/*")
+    marks = {path: path.stat().st_mtime_ns for path in completions}
+    assert len(marks) >= 6
+    assert cli("data", recipe_file).returncode == 0
+    digest = artifact.read_manifest(data_folder(tmp_path))["digest"]
+    assert len(ledger_of(tmp_path / "run")) == 160
+    shutil.rmtree(tmp_path / "run")
+    assert cli("data", recipe_file).returncode == 0
+    assert artifact.read_manifest(data_folder(tmp_path))["digest"] == digest
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.dedup.minhash.threshold=1.2", "threshold is 1.2"),
+        ("data.dedup.minhash.bands=2", "of the pairs at the threshold of 0.8 would be found"),
+        ("data.dedup.minhash.ngram=0", "ngram is 0"),
+        ("data.decontaminate.share=0", "share is 0"),
+        ("data.decontaminate.span_words=5", "span_words is 5"),
+        ("data.decontaminate.action=keep", "action is 'keep'"),
+        ("data.normalise.unicode=NFX", "unicode is 'NFX'"),
+        ("data.normalise.boilerplate_documents=-1", "boilerplate_documents is -1"),
+        ("data.normalise.boilerplate_documents=.inf", "boilerplate_documents is inf"),
+    ],
+)
+def test_a_threshold_out_of_range_is_named(recipe_file, override, message):
+    with pytest.raises(UsageError, match=message):
+        load(recipe_file, override)
+
+
+def test_a_set_that_is_named_like_a_split_is_judged_beside_it(tmp_path):
+    texts = [essay(n) for n in range(80)]
+    halves = [" ".join(text.split()[:60]) + " " + essay(1000 + n) for n, text in enumerate(texts)]
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "exam.txt").write_text(essay(3000))
+    leak = f"{essay(3001)} {essay(3000)}"
+    recipe_file = write_recipe(tmp_path, write_essays(tmp_path / "texts.jsonl", [*texts, *halves, leak]))
+    fields = json.loads(recipe_file.read_text()) | {"evaluate": {"dataset": str(tmp_path / "test")}}
+    recipe_file.write_text(json.dumps(fields))
+    run(recipe_file)
+    overlaps = pq.read_table(data_folder(tmp_path) / "contamination.parquet").to_pylist()
+    assert {row["set"] for row in overlaps} == {"validation", "test", "evaluate.dataset (test)"}
+    fates = {row["id"]: row["reason"] or row["fate"] for row in ledger_of(tmp_path / "run")}
+    assert fates["texts.jsonl:161"] == "contaminated"
+    pairs = [(fates[f"texts.jsonl:{n}"], fates[f"texts.jsonl:{n + 80}"]) for n in range(1, 81)]
+    assert ("test", "contaminated") in pairs or ("contaminated", "test") in pairs
+    assert ("test", "train") not in pairs and ("train", "test") not in pairs
+
+
+def test_a_licence_in_every_file_costs_no_document(tmp_path):
+    licence = essay(1, 60)
+    texts = [f"{licence}\n{essay(n)}" for n in range(2, 160)]
+    recipe_file = write_recipe(tmp_path, write_essays(tmp_path / "texts.jsonl", texts))
+    run(recipe_file)
+    assert {row["fate"] for row in ledger_of(tmp_path / "run")} == {"train", "validation", "test"}
+    with pytest.raises(DataError, match=r"every document of train is contaminated: .* lower its common_documents"):
+        run(recipe_file, "data.decontaminate.common_documents=null")
+
+
+def test_copies_are_told_as_copies_where_repeated_paragraphs_are_taken_out(tmp_path):
+    texts = [f"{essay(n)}\n\n{essay(1000 + n)}" for n in range(40)]
+    again = [texts[3], texts[5], texts[7] + "\n\nAnd more.", texts[3]]
+    recipe_file = write_recipe(
+        tmp_path, write_essays(tmp_path / "texts.jsonl", [*texts, *again]), dedup={"paragraphs": True}
+    )
+    run(recipe_file)
+    found = {row["id"]: (row["reason"], row["note"]) for row in ledger_of(tmp_path / "run") if row["reason"]}
+    assert found == {
+        "texts.jsonl:41": ("exact duplicate", "of texts.jsonl:4"),
+        "texts.jsonl:42": ("exact duplicate", "of texts.jsonl:6"),
+        "texts.jsonl:44": ("exact duplicate", "of texts.jsonl:4"),
+    }
+    notes = {row["id"]: row["note"] for row in ledger_of(tmp_path / "run") if not row["reason"]}
+    assert notes["texts.jsonl:43"] == "2 repeated paragraphs removed"
+
+
+def test_of_another_runs_data_the_splits_to_score_are_judged_and_not_what_that_run_was_trained_on(tmp_path):
+    recipe_file = write_recipe(tmp_path, write_essays(tmp_path / "texts.jsonl", [essay(n) for n in range(80)]))
+    run(recipe_file)
+    before = {row["id"]: row["fate"] for row in ledger_of(tmp_path / "run")}
+    fields = json.loads(recipe_file.read_text()) | {"evaluate": {"dataset": str(data_folder(tmp_path))}}
+    recipe_file.write_text(json.dumps(fields))
+    run(recipe_file, f"out={tmp_path / 'other'}")
+    assert {row["id"]: row["fate"] for row in ledger_of(tmp_path / "other")} == before

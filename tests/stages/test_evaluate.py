@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from tokenizers import normalizers
+from transformers import RobertaConfig, RobertaForMaskedLM
 
 from hfscratch import artifact, pipeline, recipe
 from hfscratch.artifact import Workspace
@@ -159,6 +160,12 @@ def test_only_what_is_asked_for_is_measured(out):
     assert rows["real text that parses, cut alike"].endswith("of 3 documents")
 
 
+def test_without_metrics_samples_alone_are_written(out):
+    rows, figures, samples = run(out, "evaluate.metrics=[]")
+    assert (rows, figures) == ({}, {})
+    assert len(samples) == 3
+
+
 def test_samples_continue_a_given_prompt_or_held_out_text(out):
     _, _, samples = run(out)
     assert samples[0]["prompt"] == ""
@@ -281,7 +288,7 @@ def finetuned(finished_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finetuned")
     shutil.copytree(finished_run / "run", folder / "run")
     shutil.copy(finished_run / "tiny.yaml", folder / "tiny.yaml")
-    finetune = "finetune={task: docstring, answer_tokens: 16, max_steps: 12, batch_size: 8}"
+    finetune = "finetune={task: docstring, answer_tokens: 16, max_steps: 40, batch_size: 8, learning_rate: 0.005}"
     results = pipeline.run(load_recipe(folder / "tiny.yaml", f"out={folder / 'run'}", finetune, OVERLAPS))
     return folder, dict(next(each.rows for each in results if each.stage == "evaluate"))
 
@@ -348,7 +355,7 @@ def test_answers_stand_side_by_side_and_give_the_figures(finetuned):
 
 def test_it_is_fresh_until_the_finetuned_model_changes(finetuned, tmp_path):
     shutil.copytree(finetuned[0], tmp_path, dirs_exist_ok=True)
-    finetune = "finetune={task: docstring, answer_tokens: 16, max_steps: 12, batch_size: 8}"
+    finetune = "finetune={task: docstring, answer_tokens: 16, max_steps: 40, batch_size: 8, learning_rate: 0.005}"
     assert evaluated(tmp_path, finetune, OVERLAPS).was_fresh
     few = "evaluate={metrics: [token_f1], num_answers: 5, answer_tokens: 3, num_samples: 0}"
     result = evaluated(tmp_path, few)
@@ -455,6 +462,48 @@ def test_any_model_is_scored_on_any_texts_with_no_run_behind_them(stock, tmp_pat
     assert evaluate_model(stock, dataset=str(path))[0].was_fresh
 
 
+def test_a_model_whose_positions_begin_behind_that_of_padding_is_scored_in_windows_that_fit(tmp_path):
+    tokenizer = make_tokenizer(bos_token="<|bos|>", eos_token="<|eos|>", pad_token="<|pad|>", mask_token="<|mask|>")
+    fields = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "max_position_embeddings": 100}
+    small = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 64}
+    model = RobertaForMaskedLM(RobertaConfig(**fields, **small))
+    folder = save(tmp_path / "model", model, tokenizer)
+    dataset = str(write_texts(tmp_path, "txt", [TEXT * 3]))
+    _, figures = evaluate_model(folder, dataset=dataset)
+    assert figures["model"]["dataset"]["num_documents"] == 1
+    _, figures = evaluate_model(folder, dataset=dataset, metrics=[])
+    assert figures == {"model": {}} and read(tmp_path / "out", "samples.json")
+
+
+def test_of_another_runs_data_the_held_out_splits_are_the_dataset(finished_run, tmp_path, finetuned):
+    """A real one, beside whose splits lie the ledger and the table of contamination."""
+    data = finished_run / "run" / "data"
+    assert {"ledger.parquet", "contamination.parquet"} <= {path.name for path in data.glob("*.parquet")}
+    shutil.copytree(finetuned[0] / "run" / "pretrain", tmp_path / "model")
+    own = read(finetuned[0] / "run", "metrics.json")["pretrain"]
+    for splits in (["test"], ["validation", "test"]):
+        _, figures = evaluate_model(tmp_path / "model", dataset=str(data), splits=splits)
+        found = figures["model"]["dataset"]
+        assert found["num_documents"] == sum(own[split]["num_documents"] for split in splits)
+        if splits == ["test"]:
+            assert found["bits_per_byte"] == own["test"]["bits_per_byte"]
+
+
+def test_another_runs_data_without_held_out_text_is_refused(stock, tmp_path):
+    publish_data(tmp_path / "other", {"train": TEXTS["train"], "validation": [], "test": []})
+    with pytest.raises(DataError, match="data has no text in its splits validation, test"):
+        evaluate_model(stock, dataset=str(tmp_path / "other" / "data"))
+
+
+def test_beside_a_manifest_of_something_else_a_folder_of_texts_is_read_as_any_other(stock, tmp_path):
+    (tmp_path / "dataset").mkdir()
+    write_texts(tmp_path / "dataset", "jsonl", TEXTS["test"])
+    (tmp_path / "dataset" / "texts.jsonl").rename(tmp_path / "dataset" / "a.jsonl")
+    (tmp_path / "dataset" / "manifest.json").write_text(json.dumps({"stage": "data"}))
+    _, figures = evaluate_model(stock, dataset=str(tmp_path / "dataset"))
+    assert figures["model"]["dataset"]["num_documents"] == len(TEXTS["test"])
+
+
 def test_a_change_of_the_model_or_the_dataset_is_noticed(stock, tmp_path):
     path = write_texts(tmp_path, "folder", TEXTS["test"])
     _, before = evaluate_model(stock, dataset=str(path))
@@ -541,7 +590,7 @@ QUESTION = '{"prompt": "a", "completion": "b"}\n'
         ("d.jsonl.gz", "no gzip", ["bits_per_byte"], DataError, "cannot be read"),
         ("d.jsonl", '{"text": "a"}\n{"txt": "b"}\n', ["bits_per_byte"], DataError, "record 2: no text column"),
         ("d.jsonl", '{"text": ""}\n', ["bits_per_byte"], DataError, "holds no text"),
-        ("d.csv", "text\na\n", ["bits_per_byte"], UsageError, "the formats are .txt"),
+        ("d.docx", "text\na\n", ["bits_per_byte"], UsageError, "the formats are .txt"),
         ("d.jsonl", '{"text": "a"}\n', ["rouge"], UsageError, "references, and evaluate.dataset has the columns text"),
         ("d.txt", "a text", ["bleu", "chrf"], UsageError, "bleu, chrf cannot be measured without ref.*has text files"),
         ("d.jsonl", QUESTION, ["bits_per_byte"], UsageError, "without text, and evaluate.dataset has .* prompt"),

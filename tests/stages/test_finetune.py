@@ -14,11 +14,13 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hfscratch import artifact, pipeline
 from hfscratch.errors import DataError, UsageError
 from tests.conftest import cli, load
+from tests.kills import ROOT, environment
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -299,6 +301,37 @@ def test_two_processes_learn_what_one_does(folder, tmp_path):
     metrics = artifact.read_manifest(folder / "run" / "finetune")["metrics"]
     assert metrics["processes"] == 2
     assert metrics["answers"]["after"] == pytest.approx(alone["answers"]["after"], abs=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_under_zero2_in_bf16_what_is_published_is_not_rounded(folder, method):
+    """DeepSpeed computes with rounded weights; the whole ones are in its optimizer, and, of what is frozen, in the
+    base."""
+    pytest.importorskip("deepspeed")
+    config = ROOT / "accelerate_configs" / "zero2.yaml"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--mixed_precision", "bf16"]
+    words = ["-m", "hfscratch", "finetune", folder / "tiny.yaml", f"out={folder / 'run'}", DOCSTRING]
+    command = [*launch, *words, f"finetune.method={method}"]
+    done = subprocess.run(list(map(str, command)), env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert artifact.read_manifest(folder / "run" / "finetune")["metrics"]["engine"] == "zero2"
+    base, merged, adapter = (
+        load_file(path) if path.exists() else {}
+        for path in (
+            folder / "run" / "pretrain" / "model.safetensors",
+            folder / "run" / "finetune" / "merged" / "model.safetensors",
+            folder / "run" / "finetune" / "adapter" / "adapter_model.safetensors",
+        )
+    )
+    assert base.keys() == merged.keys() and bool(adapter) == (method == "lora")
+    for name, weight in (adapter or merged).items():
+        assert weight.dtype == torch.float32 and not torch.equal(weight, weight.bfloat16().float()), name
+    changed = {name for name in base if not torch.equal(base[name], merged[name])}
+    if adapter:
+        assert changed == {
+            name.removeprefix("base_model.model.").replace(".lora_A.", ".") for name in adapter if ".lora_A." in name
+        }
 
 
 # ---------------------------------------------------------------------------------------------------------------------

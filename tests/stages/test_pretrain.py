@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -16,6 +17,9 @@ import torch
 
 from hfscratch import artifact, pipeline
 from hfscratch.errors import DataError, UsageError
+from hfscratch.training import loss, precision
+from hfscratch.training.batch import default_batch_tokens
+from hfscratch.training.optimizer import default_learning_rates
 from tests.conftest import cli, load
 
 ROOT = Path(__file__).parent.parent.parent
@@ -49,7 +53,7 @@ def start(folder: Path, *overrides: str, **kwargs) -> subprocess.Popen:
 def wait_for_checkpoint(folder: Path, process: subprocess.Popen, timeout_s: float = 120) -> Path:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        found = sorted((folder / "run" / ".work" / "pretrain").glob("*/checkpoint-*"))
+        found = sorted((folder / "run" / ".work" / "pretrain").glob("*/checkpoint-[1-9]*"))
         if found:
             return found[-1]
         assert process.poll() is None, process.communicate()
@@ -173,7 +177,11 @@ def test_a_changed_recipe_does_not_go_on_from_the_old_recipes_checkpoint(run_fol
     wait_for_checkpoint(run_folder, process)
     process.kill()
     process.wait()
-    metrics = pretrain(run_folder, "pretrain.max_steps=12", "pretrain.learning_rate=0.001")
+    changed = ("pretrain.max_steps=12", "pretrain.learning_rate=0.001")
+    with pytest.raises(UsageError, match=r"has changed since: .*max_steps was 2000 and is 12"):
+        pretrain(run_folder, *changed)
+    assert list((run_folder / "run" / ".work" / "pretrain").glob("*/checkpoint-[1-9]*"))  # nothing is lost
+    metrics = pretrain(run_folder, *changed, "pretrain.resume=anew")
     assert metrics["steps"] == 12
     assert metrics["history"][0]["step"] == 1
 
@@ -203,7 +211,7 @@ def validation_loss(folder: Path, metrics: dict) -> float:
     split = tokens.TokenizedSplit(folder / "run" / "tokenizer" / "tokens", "validation")
     index = tokens.PackingIndex(split.lengths, sequence_length=64, seed=0)
     num_rows = max(1, min(32768, 64 * 4 * metrics_steps(folder) // 40) // 64)
-    rows = tokens.PackedRows(split, index, num_rows=num_rows, bos_token_id=0, isolate_documents=True)
+    rows = tokens.PackedRows(split, index, num_rows=num_rows, bos_token_id=0, pad_token_id=2, isolate_documents=True)
     model = AutoModelForCausalLM.from_pretrained(folder / "run" / "pretrain").eval()
     with torch.no_grad():
         return model(**tokens.collate([rows[i] for i in range(len(rows))]), use_cache=False).loss.item()
@@ -246,6 +254,23 @@ def test_a_corpus_smaller_than_one_row_is_named(run_folder):
         pretrain(run_folder, "pretrain.sequence_length=9999990", "pretrain.batch_tokens=9999990")
 
 
+def test_depth_alone_decides_width_heads_rates_batch_and_budget(run_folder):
+    from transformers import AutoConfig
+
+    recipe = (run_folder / "tiny.yaml").read_text()
+    dialled = [line for line in recipe.splitlines() if not line.startswith(("model", "pretrain"))]
+    dialled += ["model: {depth: 2}", "pretrain: {sequence_length: 64, tokens_per_parameter: 0.04, sample_tokens: 0}"]
+    (run_folder / "tiny.yaml").write_text("\n".join(dialled))
+    metrics = pretrain(run_folder)
+    config = AutoConfig.from_pretrained(run_folder / "run" / "pretrain")
+    assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (2, 128, 2)
+    assert metrics["learning_rates"] == dataclasses.asdict(default_learning_rates(128))
+    batch_tokens = default_batch_tokens(int(0.04 * metrics["parameters"]), 64)
+    assert batch_tokens > 64
+    assert metrics["train_tokens"] == 0.04 * metrics["parameters"] // batch_tokens * batch_tokens
+    assert metrics["train_tokens"] / metrics["steps"] == batch_tokens
+
+
 @pytest.mark.parametrize("given", ["pretrain.eval_steps=5", "pretrain.save_steps=7"])
 def test_of_validations_and_checkpoints_one_follows_the_other(run_folder, given):
     metrics = pretrain(run_folder, given, "pretrain.max_steps=14")
@@ -259,14 +284,17 @@ def test_of_validations_and_checkpoints_one_follows_the_other(run_folder, given)
     [
         ("pretrain.learning_rate=-1", "learning_rate is -1"),
         ("pretrain.learning_rates.matrix=.nan", "learning_rates.matrix is nan"),
+        ("pretrain.tokens_per_parameter=0", "tokens_per_parameter is 0"),
         ("pretrain.adam_beta1=1.5", "adam_beta1 is 1.5"),
         ("pretrain.use_cache=true", "would see each other"),
         ("pretrain.report_to=nonsense", "nonsense"),
         ("pretrain.optim=nonsense", "nonsense"),
+        ("pretrain={optim: muon, optim_args: ns_steps=9}", "ns_steps is 9; it must be from 1 to 5"),
         ("model={type: gpt2, n_layer: 1, hidden_size: 64, n_head: 3}", "gpt2"),
         ("model={type: llama, depth: 1, hidden_act: foo}", "foo"),
         ("model={type: opt, depth: 1}", "pretrain.isolate_documents=false"),
         ("model={type: gpt2, depth: 1, n_positions: 8}", "sequence_length is 64, and the model reads at most 8 tokens"),
+        ("model={max_position_embeddings: 8}", "sequence_length is 64, and the model reads at most 8 tokens"),
     ],
 )
 def test_what_the_trainer_or_the_model_cannot_do_is_said_before_any_work(tiny_recipe, override, said):
@@ -326,17 +354,20 @@ def test_a_batch_that_does_not_divide_over_the_processes_is_refused_with_the_nea
     assert 'Traceback (most recent call last):\n  File "' + str(ROOT) not in done.stderr
 
 
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "muon"])
 @pytest.mark.parametrize(
     "model", ["{type: gpt2, n_layer: 1, n_head: 2}", "{type: llama, depth: 1}", "{type: bert, depth: 1}"]
 )
-def test_a_stock_type_learns_more_than_how_often_each_token_occurs(run_folder, model):
+def test_a_stock_type_learns_more_than_how_often_each_token_occurs(run_folder, model, optim):
     """At the default rates of its roles it must end below the entropy of single tokens."""
     import numpy as np
 
     from hfscratch.tokens import TokenizedSplit
 
     isolate = f"pretrain.isolate_documents={'false' if 'bert' in model else 'true'}"
-    metrics = pretrain(run_folder, f"model={model}", "model.hidden_size=64", "pretrain.max_steps=250", isolate)
+    optim = f"pretrain.optim={optim}"
+    metrics = pretrain(run_folder, f"model={model}", "model.hidden_size=64", "pretrain.max_steps=250", isolate, optim)
+    assert ("AdamW for the others" in dict(metrics["plan"]).get("optimizer", "")) == ("muon" in optim)
     split = TokenizedSplit(run_folder / "run" / "tokenizer" / "tokens", "train")
     counts = np.bincount(np.concatenate([split.read(i, 0, n) for i, n in enumerate(split.lengths)]))
     shares = counts[counts > 0] / counts.sum()
@@ -379,6 +410,12 @@ def test_a_signal_that_reaches_two_processes_at_different_steps_stops_both(run_f
     assert len(list(saved.parent.glob("checkpoint-*"))) >= 1
 
 
+@pytest.mark.parametrize("kind", ["scratch", "llama", "qwen3", "gemma3_text", "gpt2"])
+def test_a_large_model_is_tried_without_its_weights(kind, finished_run):
+    """Of depth 9 and more; nothing is trained."""
+    pipeline.stage_module("pretrain").check(load(finished_run / "tiny.yaml", f"model={{type: {kind}, depth: 9}}"))
+
+
 def test_force_begins_from_nothing(run_folder):
     process = start(run_folder, "pretrain.max_steps=2000", "pretrain.eval_steps=10")
     wait_for_checkpoint(run_folder, process)
@@ -387,6 +424,31 @@ def test_force_begins_from_nothing(run_folder):
     done = cli(
         "pretrain", run_folder / "tiny.yaml", "--force", f"out={run_folder / 'run'}", "pretrain.max_steps=2000",
         "pretrain.eval_steps=10", "pretrain.early_stopping_patience=1", "pretrain.learning_rate=0.3",
+        "pretrain.spikes=null",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "going on from step" not in done.stderr
+
+
+def test_a_run_whose_loss_is_made_in_chunks_learns_what_one_does_whose_is_not(run_folder, monkeypatch):
+    monkeypatch.setattr(precision, "choose_precision", lambda: precision.Precision("fp32", "the test asks for it"))
+    steps = ("pretrain.max_steps=8", "pretrain.logging_steps=1", "pretrain.resume=anew")
+    plain = pretrain(run_folder, *steps)
+    monkeypatch.setattr(loss, "LARGE_VOCABULARY", 512)
+    monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * 512 * 100)
+    shutil.rmtree(run_folder / "run" / "pretrain")
+    chunked = pretrain(run_folder, *steps)
+    assert "chunks of 100 tokens" in dict(chunked["plan"])["loss"] and "loss" not in dict(plain["plan"])
+    for name in ("loss", "eval_loss", "grad_norm"):
+        values = [[each[name] for each in run["history"] if name in each] for run in (plain, chunked)]
+        assert values[1] == pytest.approx(values[0], rel=1e-4), name
+
+
+def test_a_run_with_activation_checkpointing_learns_the_same(run_folder, monkeypatch):
+    monkeypatch.setattr(precision, "choose_precision", lambda: precision.Precision("fp32", "the test asks for it"))
+    steps = ("pretrain.max_steps=8", "pretrain.logging_steps=1")
+    plain = pretrain(run_folder, *steps)
+    shutil.rmtree(run_folder / "run" / "pretrain")
+    again = pretrain(run_folder, *steps, "pretrain.activation_checkpointing=true")
+    losses = [[each["loss"] for each in run["history"] if "loss" in each] for run in (plain, again)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)

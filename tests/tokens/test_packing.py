@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from hfscratch import tokens
 from hfscratch.errors import DataError
+from hfscratch.tokens import packing
 from hfscratch.tokens.dataset import id_type
 
 
@@ -89,7 +92,7 @@ def test_a_row_does_not_depend_on_which_rows_were_asked_for_before(tmp_path):
 
     def rows(order):
         index = tokens.PackingIndex(split.lengths, sequence_length=32, seed=3)
-        packed = tokens.PackedRows(split, index, num_rows=300, bos_token_id=0, isolate_documents=True)
+        packed = tokens.PackedRows(split, index, num_rows=300, bos_token_id=0, pad_token_id=2, isolate_documents=True)
         return {i: packed[i]["input_ids"].tolist() for i in order}
 
     forward, backward = rows(range(300)), rows(reversed(range(300)))
@@ -105,7 +108,9 @@ def test_positions_restart_at_each_document_and_nothing_predicts_a_beginning(tmp
     documents = write(tmp_path, [10, 6, 3, 20, 8])
     split = tokens.TokenizedSplit(tmp_path, "train")
     index = tokens.PackingIndex(split.lengths, sequence_length=16, seed=1)
-    packed = tokens.PackedRows(split, index, num_rows=index.rows_per_epoch, bos_token_id=0, isolate_documents=True)
+    packed = tokens.PackedRows(
+        split, index, num_rows=index.rows_per_epoch, bos_token_id=0, pad_token_id=2, isolate_documents=True
+    )
     for i in range(len(packed)):
         row, at = packed[i], 0
         for document, start, stop in index.pieces(i):
@@ -121,8 +126,100 @@ def test_without_isolation_a_row_has_no_positions_of_its_own(tmp_path):
     write(tmp_path, [10, 30])
     split = tokens.TokenizedSplit(tmp_path, "train")
     index = tokens.PackingIndex(split.lengths, sequence_length=16, seed=1)
-    packed = tokens.PackedRows(split, index, num_rows=2, bos_token_id=0, isolate_documents=False)
+    packed = tokens.PackedRows(split, index, num_rows=2, bos_token_id=0, pad_token_id=2, isolate_documents=False)
     assert set(packed[0]) == {"input_ids", "labels"}
     assert tokens.collate([packed[0], packed[1]])["input_ids"].shape == (2, 16)
     with pytest.raises(IndexError):
         packed[2]
+
+
+def plain_best_fit(sizes, capacity):
+    """Every item in turn to the fullest bin with room for it, by looking at all bins."""
+    rooms, bins = [], []
+    for size in sizes:
+        fitting = [(room, number) for number, room in enumerate(rooms) if room >= size]
+        if fitting:
+            _, number = min(fitting)
+            rooms[number] -= size
+        else:
+            number = len(rooms)
+            rooms.append(capacity - size)
+        bins.append(number)
+    return bins, sorted(rooms)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.integers(1, 30), st.lists(st.integers(1, 30), max_size=80))
+def test_best_fit_fills_bins_as_the_plain_search_does(capacity, sizes):
+    sizes = sorted((min(size, capacity) for size in sizes), reverse=True)
+    bins = packing.best_fit(np.array(sizes, dtype=np.int64), capacity)
+    _, rooms = plain_best_fit(sizes, capacity)
+    held = np.bincount(bins, weights=sizes, minlength=len(rooms)) if sizes else np.zeros(0)
+    assert sorted(capacity - held) == rooms
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.integers(2, 70), min_size=1, max_size=40),
+    st.integers(2, 30),
+    st.integers(0, 3),
+    st.sampled_from(["best_fit", "single"]),
+)
+def test_padded_rows_hold_every_token_exactly_once_an_epoch(lengths, sequence_length, seed, kind):
+    index = tokens.index_rows(np.array(lengths), packing=kind, sequence_length=sequence_length, seed=seed)
+    for epoch in range(2):
+        found = []
+        for row in range(epoch * index.rows_per_epoch, (epoch + 1) * index.rows_per_epoch):
+            pieces = index.pieces(row)
+            assert 0 < sum(stop - start for _, start, stop in pieces) <= sequence_length
+            if kind == "single":
+                assert len(pieces) == 1
+            found += [(document, at) for document, start, stop in pieces for at in range(start, stop)]
+        assert sorted(found) == [(d, at) for d, length in enumerate(lengths) for at in range(length)]
+    assert index.utilization == sum(lengths) / (index.rows_per_epoch * sequence_length)
+
+
+def test_only_documents_longer_than_a_row_are_cut_by_best_fit():
+    lengths = np.random.default_rng(0).integers(2, 300, size=2000)
+    index = tokens.index_rows(lengths, packing="best_fit", sequence_length=128, seed=0)
+    cut = {d for row in range(index.rows_per_epoch) for d, a, b in index.pieces(row) if b - a < lengths[d]}
+    assert cut == set(np.flatnonzero(lengths > 128).tolist())
+    assert index.utilization > 0.99
+
+
+def test_ten_million_documents_are_packed_in_seconds_and_a_row_costs_the_same_anywhere():
+    lengths = np.random.default_rng(0).geometric(1 / 400, size=10_000_000) + 2
+    started = time.perf_counter()
+    index = tokens.index_rows(lengths, packing="best_fit", sequence_length=2048, seed=0)
+    index.pieces(0)
+    assert time.perf_counter() - started < 60  # some 4 s on a quiet machine
+    rows = np.random.default_rng(1).integers(0, index.rows_per_epoch, size=2000)
+    started = time.perf_counter()
+    for row in rows:
+        index.pieces(int(row))
+    assert time.perf_counter() - started < 2
+
+
+@pytest.mark.parametrize("kind", ["best_fit", "single"])
+def test_padding_is_learnt_by_nobody_and_seen_by_nobody(tmp_path, kind):
+    from tests.model.small import make_model
+
+    lengths = [5, 9, 3, 20, 7]
+    documents = write(tmp_path, lengths, vocab_size=60)
+    split = tokens.TokenizedSplit(tmp_path, "train")
+    index = tokens.index_rows(split.lengths, packing=kind, sequence_length=12, seed=0)
+    rows = [
+        tokens.PackedRows(
+            split, index, num_rows=index.rows_per_epoch, bos_token_id=0, pad_token_id=pad, isolate_documents=True
+        )
+        for pad in (2, 7)
+    ]
+    model = make_model(vocab_size=60).eval()
+    num_labels = 0
+    for one, other in zip(*rows, strict=True):
+        num_labels += int((one["labels"] != -100).sum())
+        results = [model(**tokens.collate([row])) for row in (one, other)]
+        is_text = one["input_ids"] == other["input_ids"]
+        assert results[0].loss == results[1].loss
+        assert (results[0].logits[0, is_text] == results[1].logits[0, is_text]).all()
+    assert num_labels == sum(lengths) - len(documents)  # all but what begins a document
