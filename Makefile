@@ -13,7 +13,11 @@ NODE := tests/compat/node
 TORCH_INDEX ?=
 TORCH := torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 
-COMPAT_TESTS := HF_HUB_OFFLINE=1 HFSCRATCH_COMPAT_PYTHON=$(COMPAT)/bin/python $(BIN)/python -m pytest -m compat tests/compat
+# Test files at a time. Each has one thread: the models of tests are so small that a second one only waits.
+JOBS ?= 2
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+MANY := --numprocesses $(JOBS) --dist loadfile
+WITH_COMPAT := HFSCRATCH_COMPAT_PYTHON=$(COMPAT)/bin/python
 
 .PHONY: quickstart test test-all check compat common clean
 
@@ -21,21 +25,17 @@ quickstart: $(VENV)/.installed
 	$(BIN)/hfscratch run pycode-tiny
 
 test: $(VENV)/.installed-test
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow and not compat and not common"
+	$(PYTEST) $(MANY) -m "not slow and not compat and not common"
 
 test-all: $(VENV)/.installed-test $(COMPAT)/.installed $(NODE)/node_modules/.installed
-	@mkdir -p build
-	@echo "beside the others, into build/compat.log: $(COMPAT_TESTS)"
-	@$(COMPAT_TESTS) > build/compat.log 2>&1 & compat=$$!; trap "kill $$compat" INT TERM; \
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not compat"; others=$$?; \
-	wait $$compat; compat=$$?; cat build/compat.log; exit $$((others || compat))
+	$(WITH_COMPAT) $(PYTEST) $(MANY) -m "not common"
 
 compat: $(VENV)/.installed-test $(COMPAT)/.installed $(NODE)/node_modules/.installed
-	$(COMPAT_TESTS)
+	$(WITH_COMPAT) $(PYTEST) -m compat tests/compat
 
 common: $(VENV)/.installed-test
 	folder=$$($(BIN)/python tests/common/fetch.py build/transformers-tests) && \
-	HF_HUB_OFFLINE=1 HFSCRATCH_TRANSFORMERS_TESTS=$$folder $(BIN)/python -m pytest -m common tests/common
+	HFSCRATCH_TRANSFORMERS_TESTS=$$folder $(PYTEST) $(MANY) -m common tests/common
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .

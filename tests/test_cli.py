@@ -103,7 +103,7 @@ def test_a_file_without_a_text_column_names_the_columns_it_has(write, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("broken.jsonl.gz", gzip.compress(b'{"text": "hello"}\n' * 2000)[:100]),
+        ("broken.jsonl.gz", gzip.compress(b'{"text": "hello"}\n' * 2000, mtime=0)[:100]),
         ("binary.txt", bytes(range(256)) * 40),
         ("broken.jsonl", b"{not json\n" * 30),
     ],

@@ -282,7 +282,7 @@ def test_a_long_cell_an_empty_value_and_a_single_record_are_read(tmp_path):
         ("a.json", b"[" * 100_000, ""),
         ("a.parquet", b"no", ""),
         ("a.jsonl.gz", b"no", ""),
-        ("b.jsonl.gz", gzip.compress(b'{"a": "b"}\n' * 1000)[:-10], " at record [0-9]+"),
+        ("b.jsonl.gz", gzip.compress(b'{"a": "b"}\n' * 1000, mtime=0)[:-10], " at record [0-9]+"),
         ("a.csv", "caf\u00e9".encode("latin-1"), ""),
         ("a.txt", b"\0\1", ""),
     ],

@@ -299,7 +299,7 @@ def test_the_files_in_an_archive_are_read_as_they_would_be_beside_it(tmp_path, n
         ("one.txt", b"one"),
         ("docs/two.md", b"---\nlicense: MIT\n---\ntwo"),
         ("docs/code.py", b"three = 3\n"),
-        ("records.jsonl.gz", gzip.compress(jsonl([{"text": "four"}, {"text": None}, {"text": "five"}]))),
+        ("records.jsonl.gz", gzip.compress(jsonl([{"text": "four"}, {"text": None}, {"text": "five"}]), mtime=0)),
         ("rows.parquet", parquet(["six", "seven"])),
         ("one.txt", b"another one"),
         ("picture.png", b"\x89PNG"),

@@ -176,7 +176,9 @@ def test_what_it_has_no_backward_pass_for_is_sdpas(case):
         assert torch.equal(our, their)
 
 
-@pytest.mark.parametrize("kwargs", [{"s_aux": torch.zeros(4)}, {"softcap": 50.0}, {"cache": object()}], ids=str)
+@pytest.mark.parametrize(
+    "kwargs", [{"s_aux": torch.zeros(4)}, {"softcap": 50.0}, {"cache": object()}], ids=["s_aux", "softcap", "cache"]
+)
 def test_what_sdpa_would_get_wrong_is_refused(kwargs):
     states = torch.randn(1, 4, 16, 8, requires_grad=True)
     with pytest.raises(ValueError, match=r"sink|softcap|paged"):
