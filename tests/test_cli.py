@@ -258,6 +258,7 @@ def test_a_model_folder_in_place_of_a_recipe_needs_to_be_told_where_to_write(ver
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_any_model_folder_is_scored_and_exported_by_itself(finished_run, tmp_path):
     model = finished_run / "run" / "pretrain"
     (tmp_path / "text.txt").write_text("import os\n\n\ndef path():\n    return os.sep\n" * 20)

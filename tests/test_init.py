@@ -29,6 +29,7 @@ def prose(num_bytes: int, seed: int = 0) -> str:
     return "".join(lines)
 
 
+@pytest.mark.slow
 def test_one_small_file_becomes_a_model_without_a_change_to_the_recipe(tmp_path):
     (tmp_path / "notes.txt").write_text(prose(20_000))
     done = cli("init", "notes.txt", "--minutes", "1", cwd=tmp_path)
@@ -77,6 +78,7 @@ def test_a_corpus_of_python_is_judged_by_whether_samples_parse(corpus, tmp_path)
     assert "parses" in load(written.path).sections["evaluate"].metrics
 
 
+@pytest.mark.slow
 def test_more_minutes_never_choose_a_smaller_model(corpus, tmp_path, monkeypatch):
     """With the speeds of one machine held fixed."""
     monkeypatch.setattr(init, "_measure", lambda depth, *_, **__: (2_000 * depth**3, 200_000 / depth**2))

@@ -347,6 +347,7 @@ def started(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_under_zero_3_every_weight_starts_as_in_one_process(started, name):
     torch.manual_seed(0)

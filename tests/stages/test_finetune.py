@@ -225,6 +225,7 @@ def test_an_adapter_is_gone_on_with_and_one_for_another_base_is_refused(folder, 
 # Interruption and freshness
 
 
+@pytest.mark.slow
 def test_killed_finetuning_goes_on_from_its_last_checkpoint_to_the_same_adapter(folder, tmp_path):
     from safetensors.torch import load_file
 

@@ -316,6 +316,7 @@ def test_contradictory_arguments_are_one_sentence_before_any_work(run_folder):
     assert "validation is every 5 steps and checkpoints every 7 steps" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.device_count() == 1, reason="two processes need two GPUs, or none")
 def test_two_processes_really_train_under_deepspeed_zero_2(run_folder):
     """The shipped configuration, launched as the README says; the model must come out of two ranks' gradients."""

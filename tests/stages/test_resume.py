@@ -134,6 +134,7 @@ import hfscratch.__main__
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_at_a_save_stops_the_run_cleanly_and_it_goes_on_when_there_is_room(run_folder):  # noqa: F811
     """A limit on the size of files stands for the full disk: the same errors come from the same places."""
     command = [sys.executable, "-c", FULL, *words(run_folder)[2:]]
@@ -262,6 +263,7 @@ def test_a_learning_rate_far_too_high_is_given_up_with_a_report(poisoned):
     assert not (poisoned.parent / "run" / "pretrain").exists()
 
 
+@pytest.mark.slow
 def test_a_process_that_is_frozen_is_named_and_the_run_ends_and_goes_on(run_folder):  # noqa: F811
     command = words(run_folder, "pretrain.watchdog_seconds=4", "pretrain.max_steps=3000", launcher=TWO_PROCESSES)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -278,6 +280,7 @@ def test_a_process_that_is_frozen_is_named_and_the_run_ends_and_goes_on(run_fold
     assert "going on from step" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_a_signal_saves_and_exits_143_and_the_run_ends_with_the_same_bits(whole, name):
     expected, folder = whole
