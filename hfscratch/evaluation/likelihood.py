@@ -10,6 +10,7 @@ kind; `future_leak` tells it from a causal one. The end-of-text token is no byte
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 from collections.abc import Collection, Iterator, Sequence
@@ -221,9 +222,6 @@ def score_texts(
 
     Raises: UsageError for a window or stride that cannot be, or a tokenizer without a token to begin with.
     """
-    import torch
-    from tqdm.auto import tqdm
-
     window = default_window(model) if window is None else window
     stride = max(1, window // 2) if stride is None else stride
     if window < 1 or not 1 <= stride <= window:
@@ -238,27 +236,12 @@ def score_texts(
     windows = [each for text, row in enumerate(ids) for each in _windows(text, len(row), window, stride)]
     # Rows of like length share a batch (little padding), and so do rows that need the same logits.
     windows.sort(key=lambda each: (each.first_new - each.start, each.length))
-    was_training = model.training
-    model.eval()
-    try:
-        with (
-            torch.no_grad(),
-            tqdm(
-                total=sum(map(len, ids)),
-                desc=progress,
-                unit=" tokens",
-                unit_scale=True,
-                disable=progress is None,
-                leave=False,
-            ) as bar,
-        ):
-            for batch in batches(windows, batch_tokens):
-                for each, (positions, losses) in zip(batch, _predict(model, sequences, batch), strict=True):
-                    nats[each.text] += float(losses.sum(dtype=np.float64))
-                    np.add.at(times_scored[each.text], positions - 1, 1)
-                    bar.update(len(losses))
-    finally:
-        model.train(was_training)
+    with scoring(model, sum(map(len, ids)), progress) as bar:
+        for batch in batches(windows, batch_tokens):
+            for each, (positions, losses) in zip(batch, _predict(model, sequences, batch), strict=True):
+                nats[each.text] += float(losses.sum(dtype=np.float64))
+                np.add.at(times_scored[each.text], positions - 1, 1)
+                bar.update(len(losses))
     return Scores(
         nats=nats,
         num_tokens=np.array([len(row) for row in ids], dtype=np.int64),
@@ -266,6 +249,22 @@ def score_texts(
         num_scored_once=sum(int((times == 1).sum()) for times in times_scored),
         num_round_trips=num_round_trips,
     )
+
+
+@contextlib.contextmanager
+def scoring(model: Any, num_tokens: int, progress: str | None) -> Iterator[Any]:
+    """A model in evaluation mode and without gradients, as it was afterwards, and a progress bar over tokens."""
+    import torch
+    from tqdm.auto import tqdm
+
+    was_training = model.training
+    model.eval()
+    bar = tqdm(total=num_tokens, desc=progress, unit=" tokens", unit_scale=True, disable=progress is None, leave=False)
+    try:
+        with torch.no_grad(), bar:
+            yield bar
+    finally:
+        model.train(was_training)
 
 
 def _windows(text: int, num_tokens: int, window: int, stride: int) -> Iterator[_Window]:

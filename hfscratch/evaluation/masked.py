@@ -19,7 +19,14 @@ from typing import Any
 import numpy as np
 
 from hfscratch.errors import UsageError
-from hfscratch.evaluation.likelihood import DEFAULT_BATCH_TOKENS, batches, count_round_trips, default_window, encode
+from hfscratch.evaluation.likelihood import (
+    DEFAULT_BATCH_TOKENS,
+    batches,
+    count_round_trips,
+    default_window,
+    encode,
+    scoring,
+)
 from hfscratch.evaluation.statistics import Figure, interval, ratio
 
 NUM_PASSES = 7
@@ -167,9 +174,6 @@ def score_masked(
 
     Raises: UsageError for a tokenizer without a mask token, or a window that is too short.
     """
-    import torch
-    from tqdm.auto import tqdm
-
     mask_token_id = require_mask_token(tokenizer)
     window = default_window(model) if window is None else window
     begin, end = edges(tokenizer)
@@ -187,28 +191,13 @@ def score_masked(
         for each in _passes(text, len(row), window, len(begin), len(row) - len(end))
     ]
     passes.sort(key=lambda each: each.length)
-    was_training = model.training
-    model.eval()
-    try:
-        with (
-            torch.no_grad(),
-            tqdm(
-                total=sum(map(len, ids)),
-                desc=progress,
-                unit=" tokens",
-                unit_scale=True,
-                disable=progress is None,
-                leave=False,
-            ) as bar,
-        ):
-            for batch in batches(passes, batch_tokens):
-                for each, losses, right in _guess(model, rows, batch, mask_token_id, tokenizer.pad_token_id or 0):
-                    nats[each.text] += losses.sum(dtype=np.float64)
-                    num_right[each.text] += right.sum()
-                    np.add.at(times[each.text], each.hidden, 1)
-                    bar.update(len(losses))
-    finally:
-        model.train(was_training)
+    with scoring(model, sum(map(len, ids)), progress) as bar:
+        for batch in batches(passes, batch_tokens):
+            for each, losses, right in _guess(model, rows, batch, mask_token_id, tokenizer.pad_token_id or 0):
+                nats[each.text] += losses.sum(dtype=np.float64)
+                num_right[each.text] += right.sum()
+                np.add.at(times[each.text], each.hidden, 1)
+                bar.update(len(losses))
     return MaskedScores(
         nats=nats,
         num_right=num_right,
