@@ -28,14 +28,6 @@ DOCSTRING = "finetune={task: docstring, answer_tokens: 16, max_steps: 12, batch_
 ANSWERS = {"red": "stop here", "green": "go on", "blue": "wait"}
 
 
-@pytest.fixture
-def folder(finished_run, tmp_path) -> Path:
-    """A copy of a finished run: everything that `finetune` reads."""
-    shutil.copytree(finished_run / "run", tmp_path / "run")
-    shutil.copy(finished_run / "tiny.yaml", tmp_path / "tiny.yaml")
-    return tmp_path
-
-
 @pytest.fixture(scope="module")
 def llama(finished_run, tmp_path_factory) -> Path:
     """A stock Llama with tied embeddings, wide enough to learn an answer by heart; random weights."""

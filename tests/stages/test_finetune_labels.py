@@ -35,14 +35,6 @@ QUICK = "max_steps: 40, batch_size: 16, validation_fraction: 0.1, test_fraction:
 ADJECTIVES = {"praise": ("good", "fine", "lovely"), "blame": ("bad", "dull", "awful")}
 
 
-@pytest.fixture
-def folder(finished_run, tmp_path) -> Path:
-    """A copy of a finished run: everything that `finetune` reads."""
-    shutil.copytree(finished_run / "run", tmp_path / "run")
-    shutil.copy(finished_run / "tiny.yaml", tmp_path / "tiny.yaml")
-    return tmp_path
-
-
 @pytest.fixture(scope="module")
 def masked(finished_run, tmp_path_factory) -> Path:
     """The finished run's model as a masked one: the same weights, reading both ways."""
